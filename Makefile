@@ -1,0 +1,92 @@
+# A fresh Linux machine needs Python 3.10 or newer with venv, a C and C++ compiler, and make. Everything else is installed
+# into .venv, and what is expensive to build is kept in $EXPERTIER_CACHE (default ~/.cache/expertier).
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+# The first interpreter that really runs: a shim of an uninstalled version is on the PATH, too.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.10 python3.13 python3; do \
+	$$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $$p && break; done)
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMPS := $(VENV)/.stamps
+
+# On PyPI, torch for Linux is a large CUDA build. Set TORCH_INDEX to the address of PyTorch's index of CPU wheels to save
+# two gigabytes; leave it empty where pip is already configured to find the build you want.
+TORCH_INDEX ?=
+TORCH := torch==2.13.0
+
+# The model of `make demo`; empty means: build the small reference model first.
+MODEL ?=
+DEMO_OUT ?= examples/benchmarks/demo
+DEMO_MODEL = $(or $(MODEL),$(shell cat $(STAMPS)/reference-model 2>/dev/null))
+
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet
+
+.PHONY: help setup demo test lint unit llama-patched clean distclean
+
+help: ## list what can be made
+	@echo 'usage: make TARGET [MODEL=model.gguf]'
+	@sed -nE 's/^([a-z-]+):.*## (.*)$$/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+
+setup: $(STAMPS)/installed ## create .venv with the engine, the tools and Expertier in it (first time: about 8 minutes)
+
+$(STAMPS)/venv:
+	@test -n "$(PYTHON)" || { echo 'No Python 3.10 or newer with venv was found; install one or set PYTHON=/path/to/python3.' >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV)
+	@mkdir -p $(STAMPS)
+	@touch $@
+
+# The compiled engine is kept outside the repository: a second clone or a cleaned one does not build it again.
+$(STAMPS)/engine: $(STAMPS)/venv pyproject.toml examples/setup/build_llama.py
+	@wheel="$$($(BIN)/python examples/setup/build_llama.py | tail -n 1)"; \
+	echo "installing $${wheel##*/}"; \
+	$(PIP_INSTALL) "$$wheel"
+	@touch $@
+
+$(STAMPS)/torch: $(STAMPS)/venv
+	@echo 'installing $(TORCH)'
+	@$(PIP_INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) '$(TORCH)'
+	@touch $@
+
+$(STAMPS)/installed: $(STAMPS)/engine $(STAMPS)/torch pyproject.toml
+	@echo 'installing expertier and its tools'
+	@$(PIP_INSTALL) --editable '.[llamacpp,train,test]'
+	@touch $@
+
+demo: $(STAMPS)/installed $(if $(MODEL),,$(STAMPS)/reference-model) ## stock llama.cpp and Expertier side by side under three memory limits
+	$(BIN)/expertier compare '$(DEMO_MODEL)' --engine llamacpp --limit 33% --limit 60% --limit none --quick --out $(DEMO_OUT)
+
+# The script keeps its products in the cache directory and returns at once when they are there.
+$(STAMPS)/reference-model: $(STAMPS)/installed $(wildcard examples/reference_model/*.py)
+	@echo 'training and widening the reference model (about 4 minutes, once)'
+	@$(BIN)/python examples/reference_model/build.py --size 1GB --type F16 --minutes 3 | tee $@.log
+	@tail -n 1 $@.log > $@
+	@test -f "$$(cat $@)" || { echo "the last line of build.py names no file: $$(cat $@)" >&2; exit 1; }
+
+test: lint unit ## everything CI runs: linter, formatter, types, all tests
+
+lint: $(STAMPS)/installed ## linter, formatter and type checker
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Waiting worker threads must not spin: on two shared cores that costs an engine most of its speed.
+unit: $(STAMPS)/installed
+	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} $(BIN)/python -m pytest
+
+llama-patched: $(STAMPS)/venv ## build a llama-cpp-python wheel with the optional patches (patches/README.md)
+	@wheel="$$($(BIN)/python examples/setup/build_llama.py --patches patches | tail -n 1)"; \
+	echo "patched wheel: $$wheel"; \
+	echo "use it:        $(BIN)/python -m pip install --force-reinstall --no-deps $$wheel"; \
+	echo "undo:          rm $(STAMPS)/engine && $(BIN)/python -m pip uninstall --yes llama-cpp-python && make setup"
+
+clean: ## remove caches and results of local runs; keeps .venv and everything in the cache directory
+	rm -rf build dist *.egg-info plugin/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks $(DEMO_OUT)
+	find plugin adapters tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## clean, and remove .venv
+	rm -rf $(VENV)
