@@ -1,0 +1,133 @@
+"""A ggml buffer type written in ctypes: expert tensors are placed in it and get addresses, but no memory."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+
+from expertier.errors import UnsupportedModelError
+from expertier_llamacpp import ggml, memory
+from expertier_llamacpp.memory import PAGE
+from expertier_llamacpp.slots import PartPlacement
+
+EXPERT_TENSORS = rb"ffn_(gate|up|down|gate_up)_exps\.weight"
+"""Matched against tensor names by llama.cpp (``std::regex_search``); ``_chexps`` and shared experts do not match."""
+
+
+class ExpertBufferType:
+    """Receives the expert tensors while a model loads and points them at their windows.
+
+    Parameters
+    ----------
+    placements : mapping of str to PartPlacement
+        Where each expert tensor lives, by tensor name.
+    repacked : bool
+        Whether the windows hold llama.cpp's repacked layout: the tensors then pose as CPU_REPACK tensors, so that the
+        repacked kernels run on them.
+
+    Notes
+    -----
+    While loading, the type says that it is not host memory: llama.cpp then hands over data through ``set_tensor``,
+    which ignores it, instead of writing to addresses without memory. Afterwards it is host memory, so that the CPU
+    backend computes on it directly. Upstream: ``llama_model_loader::load_all_data`` and
+    ``ggml_backend_cpu_device_supports_buft``.
+    """
+
+    def __init__(self, placements: Mapping[str, PartPlacement], *, repacked: bool) -> None:
+        self._placements = placements
+        self._loading = True
+        self._reserved: dict[int, tuple[int, int]] = {}
+        self._name = ctypes.create_string_buffer(b"Expertier")
+        self.tensors: dict[str, int] = {}
+        self.error: Exception | None = None
+        self._repack_type = ggml.repack_buffer_type() if repacked else 0
+        self._stock_init: ggml.InitTensor | None = None
+        if repacked:
+            probe = ggml.base().ggml_backend_buft_alloc_buffer(self._repack_type, PAGE)
+            interface = ggml.BufferInterface.from_address(probe)
+            self._stock_init = ctypes.cast(interface.init_tensor, ggml.InitTensor)
+            ggml.base().ggml_backend_buffer_free(probe)
+        self._buffer_interface = ggml.BufferInterface(
+            ggml.FreeBuffer(self._free),
+            ggml.GetBase(lambda buffer: self._reserved[buffer][0]),
+            ggml.InitTensor(self._init_tensor),
+            ggml.MemsetTensor(lambda *_: None),
+            ggml.TransferTensor(lambda *_: None),
+            ggml.TransferTensor(lambda *_: None),
+            None,
+            None,
+            None,
+            ggml.Clear(lambda *_: None),
+            None,
+        )
+        self._type = ggml.BufferType(
+            ggml.BufferTypeInterface(
+                ggml.GetName(lambda _: ctypes.addressof(self._name)),
+                ggml.AllocBuffer(self._alloc),
+                ggml.GetSize(lambda _: PAGE),
+                ggml.GetSize(lambda _: 2**63 - 1),
+                ggml.GetAllocSize(lambda _, tensor: ggml.Tensor.from_address(tensor).nb[3]),
+                ggml.IsHost(lambda _: not self._loading and not repacked),
+            ),
+            None,
+            None,
+        )
+        self.overrides = (ggml.BufferOverride * 2)(
+            ggml.BufferOverride(EXPERT_TENSORS, ctypes.addressof(self._type)), ggml.BufferOverride(None, None)
+        )
+
+    def _alloc(self, _type: int, size: int) -> int | None:
+        try:
+            address = memory.reserve(max(size, PAGE))
+        except OSError as error:
+            self.error = error
+            return None
+        buffer = ggml.base().ggml_backend_buffer_init(
+            self._repack_type or ctypes.addressof(self._type), self._buffer_interface, None, size
+        )
+        self._reserved[buffer] = (address, max(size, PAGE))
+        return int(buffer)
+
+    def _free(self, buffer: int) -> None:
+        memory.unmap(*self._reserved.pop(buffer))
+
+    def _init_tensor(self, buffer: int, address: int) -> int:
+        tensor = ggml.Tensor.from_address(address)
+        name = tensor.name.decode()
+        placement = self._placements.get(name)
+        if placement is None:
+            self.error = UnsupportedModelError(
+                f"llama.cpp placed {name} among the experts, the catalog does not know it.",
+                "Please report the model's architecture.",
+            )
+            return -1  # GGML_STATUS_FAILED
+        if self._stock_init is not None:
+            self._stock_init(buffer, address)
+            if not tensor.extra:
+                self.error = UnsupportedModelError(f"llama.cpp cannot run {name} with repacked kernels on this CPU.")
+                return -1
+        tensor.data = placement.address
+        self.tensors[name] = address
+        return 0
+
+    def bind(self) -> dict[int, tuple[str, int]]:
+        """Finish loading: give every expert tensor the stride of its windows.
+
+        Returns
+        -------
+        dict of int to (str, int)
+            Address of each expert tensor to its name and stage.
+        """
+        missing = self._placements.keys() - self.tensors.keys()
+        if missing:
+            raise UnsupportedModelError(
+                f"llama.cpp did not load the expert tensor {min(missing)}.", "Please report the model's architecture."
+            )
+        bound = {}
+        for name, address in self.tensors.items():
+            tensor, placement = ggml.Tensor.from_address(address), self._placements[name]
+            tensor.nb[3] = placement.stride * tensor.ne[2]
+            tensor.nb[2] = placement.stride
+            bound[address] = (name, placement.stage)
+        self._loading = False
+        return bound

@@ -1,0 +1,189 @@
+"""The eval callback: one stop per layer when the router has chosen, short stops while later parts are still loading.
+
+llama.cpp asks about every node, in order, before computing it (``ggml_backend_sched_compute_splits``). A node answered
+with True ends a chunk: the chunk is computed and the callback is called again with its result. Expertier stops
+
+* after ``ffn_moe_topk-<layer>``, to read which experts the layer needs and to start loading them, and
+* after a multiplication by one part of the experts while the next part is still on its way, so that compute and loading
+  overlap.
+
+When a multiplication by managed experts is asked about, its part is waited for: this is also the net that keeps any
+architecture from computing on an absent expert, because experts nobody announced are then loaded on the spot.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from expertier.manager import Lease, OffloadManager
+from expertier_llamacpp import ggml
+from expertier_llamacpp.ggml import MEMORY, NAME_OFFSET, OP_OFFSET, SRC_OFFSET, WORDS
+from expertier_llamacpp.slots import WindowPool
+
+if TYPE_CHECKING:
+    from expertier_llamacpp.prefetch import Prefetcher
+
+_TOPK = b"ffn_moe_topk-"
+_LAYER = re.compile(r"blk\.(\d+)\.")
+
+
+class EvalHook:
+    """Drives the offload manager from llama.cpp's eval callback.
+
+    Parameters
+    ----------
+    manager : OffloadManager
+        Loads and pins experts.
+    pool : WindowPool
+        Their memory.
+    tensors : mapping of int to (str, int)
+        Address of every managed expert tensor to its name and stage.
+    experts : mapping of int to int
+        Layer to number of experts.
+    prefetcher : Prefetcher, optional
+        Starts loads ahead of the router.
+
+    Notes
+    -----
+    Exceptions must not cross into C: they are kept in :attr:`error` and raised by :meth:`finish` in the thread that
+    called llama.cpp, before anything reads the step's output.
+    """
+
+    def __init__(
+        self,
+        *,
+        manager: OffloadManager,
+        pool: WindowPool,
+        tensors: Mapping[int, tuple[str, int]],
+        experts: Mapping[int, int],
+        prefetcher: Prefetcher | None = None,
+    ) -> None:
+        self._manager = manager
+        self._pool = pool
+        self._experts = dict(experts)
+        self._managed: dict[int, tuple[int, int]] = {}
+        self._last_stage: dict[int, int] = {}
+        for address, (name, stage) in tensors.items():
+            match = _LAYER.match(name)
+            assert match, name
+            layer = int(match[1])
+            self._managed[address] = (layer, stage)
+            self._last_stage[layer] = max(self._last_stage.get(layer, 0), stage)
+        self._prefetcher = prefetcher
+        self._mul_mat_id = ggml.op_number("MUL_MAT_ID")
+        # Nodes that may carry the chosen ids: a view of the sorted ids, or whatever a model computes them with.
+        self._other_topk_ops = frozenset(ggml.op_number(name) for name in ("VIEW", "TOP_K", "GET_ROWS", "CPY", "CONT"))
+        self._lease: Lease | None = None
+        self._topk_node = 0
+        self._previous_layer = -1
+        self._step_open = False
+        self.error: BaseException | None = None
+        self.callback = ggml.EvalCallback(self._on_eval)
+
+    # ---- called around llama_decode
+
+    def begin(self) -> None:
+        """Prepare for a llama.cpp call that runs the graph."""
+        self.error = None
+        self._previous_layer = -1
+
+    def finish(self) -> None:
+        """End the call: unpin, and raise what went wrong inside it."""
+        self._release()
+        self._topk_node = 0
+        if self._step_open:
+            self._step_open = False
+            self._manager.end_step()
+        error, self.error = self.error, None
+        if error is not None:
+            self._pool.conceal()
+            raise error
+
+    def _release(self) -> None:
+        if self._lease is not None:
+            self._lease.release()
+            self._lease = None
+
+    # ---- the callback
+
+    def _on_eval(self, node: int, ask: bool, _data: int | None) -> bool:
+        try:
+            op = MEMORY[node + OP_OFFSET]
+            if op == self._mul_mat_id:
+                return self._before_experts(node) if ask else self.error is None
+            if ask:
+                if op not in self._other_topk_ops:
+                    return self.error is not None
+                return ctypes.string_at(node + NAME_OFFSET, len(_TOPK)) == _TOPK
+            if self.error is None and op in self._other_topk_ops:
+                self._after_topk(node)
+            return self.error is None
+        except BaseException as error:
+            if self.error is None:
+                self.error = error
+            return ask  # ends the chunk at this node; without ask it ends the graph
+
+    def _after_topk(self, node: int) -> None:
+        layer = int(ctypes.string_at(node + NAME_OFFSET + len(_TOPK)))
+        if layer not in self._experts:
+            return
+        routes = _read_ids(node)
+        self._release()
+        if not routes.size:
+            return  # the last layer of a batch that wants no output
+        if layer <= self._previous_layer or not self._step_open:
+            if self._step_open:
+                self._manager.end_step()
+            self._manager.begin_step(len(routes), "decode" if len(routes) == 1 else "prefill")
+            self._step_open = True
+        self._previous_layer = layer
+        self._topk_node = node
+        self._manager.observe(layer, routes)
+        self._lease = self._manager.acquire(layer, routes, wait=False)
+        if self._prefetcher is not None:
+            self._prefetcher.after_router(layer, routes, node)
+
+    def _before_experts(self, node: int) -> bool:
+        word = (node + SRC_OFFSET) >> 3
+        managed = self._managed.get(WORDS[word])
+        if managed is None or self.error is not None:
+            return self.error is not None
+        layer, stage = managed
+        lease = self._lease
+        if lease is None or lease.layer != layer or WORDS[word + 2] != self._topk_node:
+            lease = self._whole_layer(layer)
+        try:
+            lease.wait(stage)
+        except BaseException:
+            self._pool.expose(layer, self._experts[layer])
+            raise
+        return stage < self._last_stage[layer] and not lease.ready(self._last_stage[layer])
+
+    def _whole_layer(self, layer: int) -> Lease:
+        """Load all experts of a layer whose routes were not seen, or are not the ids this node uses."""
+        self._release()
+        try:
+            self._lease = self._manager.acquire(layer, np.arange(self._experts[layer]), wait=False)
+        except BaseException:
+            self._pool.expose(layer, self._experts[layer])
+            raise
+        return self._lease
+
+
+def _read_ids(node: int) -> NDArray[np.int64]:
+    """Copy the ids out of a top-k node, shape ``(tokens, top_k)``."""
+    tensor = ggml.Tensor.from_address(node)
+    top_k, tokens = tensor.ne[0], tensor.ne[1]
+    if not top_k or not tokens:
+        return np.empty((0, 0), np.int64)
+    stride = tensor.nb[1] // 4
+    count = (tokens - 1) * stride + top_k
+    flat = np.frombuffer((ctypes.c_int32 * count).from_address(tensor.data), np.int32)
+    table = np.lib.stride_tricks.as_strided(flat, (tokens, top_k), (stride * 4, 4))
+    return table.astype(np.int64)

@@ -1,0 +1,250 @@
+"""A drop-in for ``llama_cpp.Llama`` that keeps a bounded set of experts in memory."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import sys
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import llama_cpp
+import numpy as np
+
+from expertier.budget import format_bytes, parse_budget
+from expertier.catalog.gguf import build_catalog, read_layout, read_tensor
+from expertier.catalog.types import Catalog
+from expertier.config import OffloadOptions
+from expertier.errors import BudgetError, ExpertierError, ModelFormatError, UnsupportedOptionError
+from expertier.manager import ManagerConfig, OffloadManager
+from expertier.planning.memory import memory_left, process_memory
+from expertier.routing import GainGate, Lookahead
+from expertier_llamacpp import ggml
+from expertier_llamacpp.buffer import ExpertBufferType
+from expertier_llamacpp.callback import EvalHook
+from expertier_llamacpp.loading import ModelLoader, open_files
+from expertier_llamacpp.prefetch import Prefetcher
+from expertier_llamacpp.slots import WindowPool
+
+logger = logging.getLogger("expertier")
+
+_instances: weakref.WeakSet[Llama] = weakref.WeakSet()
+_KEYWORD = "expert_"
+
+
+class Llama(llama_cpp.Llama):
+    """``llama_cpp.Llama`` with its experts on storage and the most useful of them in memory.
+
+    Takes every argument of ``llama_cpp.Llama`` and the options of :class:`expertier.config.OffloadOptions`, each with
+    the prefix ``expert_``. Output is bit-identical to the stock class at the same settings.
+
+    Parameters
+    ----------
+    model_path : str
+        A GGUF file of a mixture-of-experts model; of a split model the first file.
+    expert_budget : str or int, default "auto"
+        Memory for experts: bytes, ``"8GiB"``, ``"25%"`` of all experts, or ``"auto"`` = all that the tightest memory
+        limit (control group or free memory) leaves beside everything else.
+    **kwargs
+        Other ``expert_`` options and everything ``llama_cpp.Llama`` takes.
+
+    Attributes
+    ----------
+    offload : OffloadManager
+        ``.stats()`` tells what happens, ``.resize()`` changes the budget while running.
+    catalog : Catalog
+        The model's experts.
+
+    Raises
+    ------
+    ExpertierError
+        A subclass with the reason and the way out: see :mod:`expertier.errors`.
+
+    Examples
+    --------
+    >>> from expertier_llamacpp import Llama
+    >>> llm = Llama("qwen3-30b-a3b-q4_k_m.gguf", expert_budget="8GiB", n_ctx=4096)
+    >>> llm("The capital of France is", max_tokens=8)["choices"][0]["text"]
+    >>> llm.offload.stats().decode.hit_ratio
+    """
+
+    offload: OffloadManager
+    catalog: Catalog
+
+    def __init__(self, model_path: str, **kwargs: Any) -> None:
+        own = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith(_KEYWORD)}
+        self._closing: list[Callable[[], None]] = []
+        self._offload_arguments = own
+        ggml.self_check()
+        options = OffloadOptions.from_mapping({name[len(_KEYWORD) :]: value for name, value in own.items()})
+        _refuse_options(kwargs)
+        layouts = read_layout(model_path)
+        self.catalog = build_catalog(layouts)
+        asked = parse_budget(options.budget, self.catalog.total_expert_bytes)
+        try:
+            self._construct(model_path, kwargs, options, layouts, asked)
+        except BaseException:
+            self.close()
+            raise
+        _instances.add(self)
+        if kwargs.get("verbose", True):
+            print(self.mode_line(), file=sys.stderr)
+        logger.info("%s", self.mode_line())
+
+    def _construct(
+        self, model_path: str, kwargs: dict[str, Any], options: OffloadOptions, layouts: Any, asked: int | None
+    ) -> None:
+        catalog = self.catalog
+        files = open_files(catalog.files, options.io_mode)
+        self._closing.extend(file.close for file in files.values())
+        pool = WindowPool(catalog.layers, files)
+        smallest = max(layer.top_k * pool.slot_bytes(layer.layer) for layer in catalog.layers)
+        try:
+            manager = OffloadManager(
+                experts={layer.layer: layer.experts for layer in catalog.layers},
+                top_k={layer.layer: layer.top_k for layer in catalog.layers},
+                pool=pool,
+                budget=smallest if asked is None else asked,
+                config=ManagerConfig(
+                    policy=options.policy, half_life=options.half_life, io_threads=options.io_threads
+                ),
+            )
+        except BaseException:
+            pool.close()
+            raise
+        self._closing.insert(0, manager.close)
+        self.offload = manager
+        buffers = ExpertBufferType(pool.placements, repacked=False)
+        self._buffers = buffers  # llama.cpp calls into it until the model is freed
+
+        def on_loaded(tensors: dict[int, tuple[str, int]]) -> Any:
+            experts = {layer.layer: layer.experts for layer in catalog.layers}
+            prefetcher = Prefetcher(
+                manager=manager,
+                experts=experts,
+                lookahead=_make_lookahead(catalog, layouts) if options.lookahead != "off" else None,
+                gate=GainGate(options.lookahead),
+            )
+            self._hook = EvalHook(
+                manager=manager, pool=pool, tensors=tensors, experts=experts, prefetcher=prefetcher
+            )
+            return self._hook.callback
+
+        loader = ModelLoader(
+            layouts=layouts, catalog=catalog, buffers=buffers, extra_buffer_types=False, on_loaded=on_loaded
+        )
+        before = process_memory()
+        try:
+            with loader.installed():
+                super().__init__(str(model_path), **kwargs)
+        except ExpertierError:
+            raise
+        except ValueError as error:
+            if loader.error is not None:
+                raise loader.error from error
+            raise ModelFormatError(f"llama.cpp could not set up {model_path}: {error}") from error
+        self._guard_compute()
+        if asked is None:
+            promised = max(0, process_memory().untouched - before.untouched)
+            manager.resize(self._automatic_budget(options, promised, smallest, pool))
+
+    def _automatic_budget(
+        self, options: OffloadOptions, promised: int, smallest: int, pool: WindowPool
+    ) -> int:
+        """All the memory that is left, minus what llama.cpp has allocated but not touched yet, minus a margin."""
+        bound = memory_left()
+        left = bound.left - promised
+        if options.margin == "auto":
+            # The interpreter's own growth, and page tables: 2 MiB of experts cost a 4 KiB table.
+            margin = (32 << 20) + bound.left // 100
+        else:
+            margin = parse_budget(options.margin, bound.left) or 0
+        budget = left - margin
+        if budget < smallest:
+            raise BudgetError(
+                f"{bound.source} leaves {format_bytes(max(0, left))} for experts, one token needs "
+                f"{format_bytes(smallest)}.",
+                "Raise the memory limit, or lower n_ctx, n_batch and n_ubatch.",
+            )
+        total = sum(layer.experts * pool.slot_bytes(layer.layer) for layer in self.catalog.layers)
+        return min(budget, total)
+
+    def _guard_compute(self) -> None:
+        """Raise what went wrong inside the graph before anyone looks at the output."""
+        hook, context = self._hook, self._ctx
+
+        def guarded(stock: Callable[[Any], None]) -> Callable[[Any], None]:
+            def compute(batch: Any) -> None:
+                hook.begin()
+                try:
+                    stock(batch)
+                finally:
+                    hook.finish()
+
+            return compute
+
+        context.decode = guarded(context.decode)
+        context.encode = guarded(context.encode)
+
+    def mode_line(self) -> str:
+        """One line that says what is being done."""
+        stats = self.offload.stats()
+        return (
+            f"expertier: {self.catalog.architecture}, {stats.total_experts} experts of "
+            f"{format_bytes(self.catalog.largest_expert_bytes)}, budget {format_bytes(stats.budget_bytes)} of "
+            f"{format_bytes(stats.total_bytes)} ({100 * stats.budget_bytes / stats.total_bytes:.0f} %), "
+            f"policy {self.offload.config.policy}, lossless"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), **self._offload_arguments}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    def close(self) -> None:
+        """Free the model, stop the I/O threads and give all memory back."""
+        if hasattr(self, "_stack"):
+            super().close()  # first the model: it still points into our memory
+        while self._closing:
+            self._closing.pop(0)()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_closing"):
+            self.close()
+
+
+@atexit.register
+def _close_all() -> None:
+    # Freeing a model calls back into Python, which is not possible any more when the interpreter is gone.
+    for instance in list(_instances):
+        instance.close()
+
+
+def _refuse_options(kwargs: dict[str, Any]) -> None:
+    if kwargs.get("n_gpu_layers"):
+        raise UnsupportedOptionError(
+            "n_gpu_layers > 0 is not supported: Expertier manages experts in main memory.", "Leave n_gpu_layers at 0."
+        )
+    if kwargs.get("vocab_only"):
+        raise UnsupportedOptionError("vocab_only loads no experts.", "Use llama_cpp.Llama for it.")
+
+
+def _make_lookahead(catalog: Catalog, layouts: Any) -> Lookahead | None:
+    """Router weights and norms for the lookahead, or ``None`` where a model does not have them in the usual place."""
+    names = {tensor.name for layout in layouts for tensor in layout.tensors}
+    gates, norms = {}, {}
+    for layer in catalog.layers:
+        gate = f"blk.{layer.layer}.ffn_gate_inp.weight"
+        if gate not in names:
+            return None
+        gates[layer.layer] = read_tensor(layouts, gate)
+        for norm in ("ffn_norm", "post_attention_norm"):
+            if f"blk.{layer.layer}.{norm}.weight" in names:
+                norms[layer.layer] = np.asarray(read_tensor(layouts, f"blk.{layer.layer}.{norm}.weight"))
+                break
+    return Lookahead(gates=gates, norms=norms, top_k={layer.layer: layer.top_k for layer in catalog.layers})
+
+
+

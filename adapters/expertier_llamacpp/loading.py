@@ -1,0 +1,139 @@
+"""Loads a model into an unpatched llama.cpp with its experts left on storage."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from ctypes import c_void_p
+from pathlib import Path
+from typing import Any
+
+from llama_cpp import llama_cpp as C  # noqa: N812 - the name llama-cpp-python itself uses for its C interface
+
+from expertier.catalog.gguf import GgufLayout, merged_header
+from expertier.catalog.types import Catalog
+from expertier.errors import ExpertierError, ModelFormatError
+from expertier.storage import IoMode, StorageFile
+from expertier_llamacpp.buffer import ExpertBufferType
+from expertier_llamacpp.virtual_file import Extent, VirtualFile
+
+_patching = threading.Lock()
+
+
+class ModelLoader:
+    """Stands in for ``llama_model_load_from_file`` while one model is constructed.
+
+    Parameters
+    ----------
+    layouts : sequence of GgufLayout
+        The model's files.
+    catalog : Catalog
+        Its experts.
+    buffers : ExpertBufferType
+        Where the expert tensors go.
+    extra_buffer_types : bool
+        llama.cpp's ``use_extra_bufts``: whether other weights may be repacked for the CPU, as stock does by default.
+    on_loaded : callable
+        Called with the bound tensors when the model is loaded and before its context is made; returns the eval
+        callback of the context.
+    """
+
+    def __init__(
+        self,
+        *,
+        layouts: Sequence[GgufLayout],
+        catalog: Catalog,
+        buffers: ExpertBufferType,
+        extra_buffer_types: bool,
+        on_loaded: Callable[[dict[int, tuple[str, int]]], Any],
+    ) -> None:
+        self._layouts = layouts
+        self._experts = {part.name for layer in catalog.layers for part in layer.parts}
+        self._path = catalog.path
+        self._buffers = buffers
+        self._extra_buffer_types = extra_buffer_types
+        self._on_loaded = on_loaded
+        self._callback: Any = None
+        self.error: BaseException | None = None
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        """Redirect this thread's model and context creation while the block runs.
+
+        ``llama_cpp.Llama`` offers no argument for buffer overrides, extra buffer types or the eval callback, so the
+        two module functions it calls are replaced for the duration; other threads get the originals.
+        """
+        thread = threading.get_ident()
+
+        def load(path: bytes, params: Any) -> Any:
+            return self._load(params) if threading.get_ident() == thread else stock_load(path, params)
+
+        def init(model: Any, params: Any) -> Any:
+            if threading.get_ident() == thread and self._callback is not None:
+                params.cb_eval = self._callback
+            return stock_init(model, params)
+
+        with _patching:
+            stock_load, stock_init = C.llama_model_load_from_file, C.llama_init_from_model
+            C.llama_model_load_from_file, C.llama_init_from_model = load, init
+            try:
+                yield
+            finally:
+                C.llama_model_load_from_file, C.llama_init_from_model = stock_load, stock_init
+
+    def _load(self, params: Any) -> Any:
+        try:
+            return self._load_or_raise(params)
+        except BaseException as error:
+            # llama_cpp turns any failure into "Failed to load model from file"; keep the real one.
+            self.error = error
+            raise
+
+    def _load_or_raise(self, params: Any) -> Any:
+        header, segments = merged_header(self._layouts)
+        extents = [
+            Extent(
+                start=segment.virtual_offset,
+                size=segment.nbytes,
+                file=None if segment.tensor_name in self._experts else segment.file,
+                offset=segment.file_offset,
+            )
+            for segment in segments
+        ]
+        lock_memory = params.load_mode in (C.LLAMA_LOAD_MODE_MLOCK, C.LLAMA_LOAD_MODE_MMAP_MLOCK)
+        params.load_mode = C.LLAMA_LOAD_MODE_MLOCK if lock_memory else C.LLAMA_LOAD_MODE_NONE
+        params.use_extra_bufts = self._extra_buffer_types
+        params.tensor_buft_overrides = ctypes.cast(self._buffers.overrides, c_void_p)
+        with VirtualFile(header, extents) as file:
+            model = C.llama_model_load_from_file_ptr(file.pointer, params)
+            if file.error is not None:
+                if isinstance(file.error, ExpertierError):
+                    raise file.error
+                raise ModelFormatError(f"Reading {self._path} failed: {file.error}.") from file.error
+        if self._buffers.error is not None:
+            raise self._buffers.error
+        if not model:
+            raise ModelFormatError(
+                f"llama.cpp refuses to load {self._path}.", "Load it with verbose=True to see llama.cpp's own message."
+            )
+        try:
+            self._callback = self._on_loaded(self._buffers.bind())
+        except BaseException:
+            C.llama_model_free(model)
+            raise
+        return model
+
+
+def open_files(paths: Sequence[Path], mode: IoMode) -> dict[Path, StorageFile]:
+    """Open every file for expert reads; none stays open when one fails."""
+    files: dict[Path, StorageFile] = {}
+    try:
+        for path in paths:
+            files[path] = StorageFile(path, mode)
+    except BaseException:
+        for file in files.values():
+            file.close()
+        raise
+    return files

@@ -1,0 +1,89 @@
+"""Loads ahead of the router: whole layers while a prompt streams, the likeliest experts while tokens are decoded."""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+from numpy.typing import NDArray
+
+from expertier.manager import OffloadManager
+from expertier.routing import GainGate, Lookahead
+from expertier_llamacpp import ggml
+
+_STREAM_FROM = 0.5  # share of a layer's experts in use from which the next layer is streamed whole
+
+
+class Prefetcher:
+    """Starts loads for the next layer when a layer's router has chosen.
+
+    Parameters
+    ----------
+    manager : OffloadManager
+        Executes the loads.
+    experts : dict of int to int
+        Layer to number of experts.
+    lookahead : Lookahead or None
+        Predictor for decode steps; ``None`` leaves only streaming.
+    gate : GainGate
+        Decides whether the predictor is listened to.
+    ahead : int
+        Most experts loading ahead of need during decode.
+    """
+
+    def __init__(
+        self,
+        *,
+        manager: OffloadManager,
+        experts: dict[int, int],
+        lookahead: Lookahead | None,
+        gate: GainGate,
+        ahead: int = 2,
+    ) -> None:
+        self._manager = manager
+        self._experts = experts
+        layers = sorted(experts)
+        self._next = dict(zip(layers, layers[1:], strict=False))
+        self._lookahead = lookahead
+        self.gate = gate
+        self._ahead = ahead
+        self._issued = self._used = 0
+        self._mul_mat = ggml.op_number("MUL_MAT")
+
+    def after_router(self, layer: int, routes: NDArray[np.int64], node: int) -> None:
+        """Act on the routes of `layer`, shape ``(tokens, top_k)``, found at the graph node `node`."""
+        following = self._next.get(layer)
+        if len(routes) > 1:
+            if following is not None and len(np.unique(routes)) >= _STREAM_FROM * self._experts[layer]:
+                count = self._experts[following]
+                self._manager.prefetch(following, np.arange(count), limit=count)
+            return
+        if self._lookahead is None:
+            return
+        self._lookahead.learn(layer, routes[0])
+        if following is None:
+            used = self._manager.prefetches_used
+            self.gate.step(self._issued, used - self._used)
+            self._issued, self._used = 0, used
+            return
+        hidden = self._gate_input(node)
+        if hidden is None:
+            return
+        _, candidates, chances = self._lookahead.predict(layer, hidden)
+        if self.gate.open:
+            self._issued += self._manager.prefetch(following, candidates, chances, limit=self._ahead)
+
+    def _gate_input(self, node: int) -> NDArray[np.float32] | None:
+        """Follow the graph from the chosen ids back to the router's multiplication and return its input."""
+        for _ in range(32):
+            tensor = ggml.Tensor.from_address(node)
+            if tensor.op == self._mul_mat:
+                source = ggml.Tensor.from_address(tensor.src[1])
+                if source.type != 0:  # GGML_TYPE_F32
+                    return None
+                return np.frombuffer((ctypes.c_float * source.ne[0]).from_address(source.data), np.float32)
+            parent = tensor.view_src or tensor.src[0]
+            if not parent:
+                return None
+            node = parent
+        return None

@@ -1,0 +1,203 @@
+"""Where experts live: every expert has a window of its own, all parts of one expert side by side.
+
+llama.cpp computes the address of an expert as ``tensor.data + expert * tensor.nb[2]``. The stride is free to choose, so
+the gate, up and down tensors of a layer share one: expert ``e`` occupies one contiguous window with its parts one after
+the other, and no page is shared between experts. A window is either backed by memory or inaccessible, and the memory
+of an expert that leaves moves under the window of the one that comes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from expertier.catalog.types import LayerExperts
+from expertier.errors import ExpertLoadError
+from expertier.residency.pool import PlannedRead
+from expertier.storage import StorageFile
+from expertier_llamacpp import memory
+from expertier_llamacpp.memory import HUGE_PAGE, PAGE
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartPlacement:
+    """Where one part of every expert lies.
+
+    Attributes
+    ----------
+    name : str
+        Tensor name.
+    address : int
+        Address of expert 0's first byte.
+    stride : int
+        Bytes from one expert to the next.
+    stage : int
+        Order of use within the layer.
+    """
+
+    name: str
+    address: int
+    stride: int
+    stage: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Window:
+    """Parts whose windows move together."""
+
+    base: int
+    stride: int
+    size: int
+    parts: tuple[tuple[int, StorageFile, int, int, int], ...]  # stage, file, file offset, bytes, address of expert 0
+
+    def start(self, expert: int) -> int:
+        return (self.base + expert * self.stride) // PAGE * PAGE
+
+
+class WindowPool:
+    """Expert windows of all layers; implements :class:`expertier.residency.pool.ExpertPool`.
+
+    Parameters
+    ----------
+    layers : sequence of LayerExperts
+        Layers with routed experts.
+    files : mapping of Path to StorageFile
+        Open files by path.
+
+    Notes
+    -----
+    Direct reads need memory and file offset to agree modulo the page size, for every expert of a tensor. They do when
+    the stride is congruent to the expert's size modulo the page size, so parts share a window only if their sizes
+    are congruent; in practice quantised expert sizes are page multiples and a layer has one window per expert.
+    """
+
+    def __init__(self, layers: Sequence[LayerExperts], files: Mapping[Path, StorageFile]) -> None:
+        self._windows: dict[int, list[_Window]] = {}
+        self._regions: list[tuple[int, int]] = []
+        self._backed: set[tuple[int, int]] = set()
+        self.placements: dict[str, PartPlacement] = {}
+        self._stages = {layer.layer: len(layer.parts) for layer in layers}
+        self._exposed: tuple[int, int] | None = None
+        try:
+            for layer in layers:
+                self._windows[layer.layer] = self._lay_out(layer, files)
+        except BaseException:
+            self.close()
+            raise
+
+    def _lay_out(self, layer: LayerExperts, files: Mapping[Path, StorageFile]) -> list[_Window]:
+        groups: dict[int, list[int]] = {}
+        for stage, part in enumerate(layer.parts):
+            groups.setdefault(part.expert_bytes % PAGE, []).append(stage)
+        windows = []
+        for drift, stages in groups.items():
+            offset = 0
+            starts = {}
+            for stage in stages:
+                part = layer.parts[stage]
+                starts[stage] = offset + part.offset % PAGE
+                # A drifting phase needs one more page per part, so that neighbours never share one.
+                offset = -(-(starts[stage] + part.expert_bytes) // PAGE) * PAGE + (PAGE if drift else 0)
+            size = offset + (PAGE if drift else 0)
+            stride = -(-size // HUGE_PAGE) * HUGE_PAGE + drift
+            region = -(-(stride * layer.experts + size) // PAGE) * PAGE
+            base = memory.reserve(region)
+            self._regions.append((base, region))
+            parts = []
+            for stage in stages:
+                part = layer.parts[stage]
+                address = base + starts[stage]
+                parts.append((stage, files[part.file], part.offset, part.expert_bytes, address))
+                self.placements[part.name] = PartPlacement(name=part.name, address=address, stride=stride, stage=stage)
+            windows.append(_Window(base=base, stride=stride, size=size, parts=tuple(parts)))
+        return windows
+
+    # ---- ExpertPool
+
+    def slot_bytes(self, layer: int) -> int:
+        return sum(window.size for window in self._windows[layer])
+
+    def stages(self, layer: int) -> int:
+        return self._stages[layer]
+
+    def place(self, layer: int, expert: int, recycled: tuple[int, int] | None) -> Sequence[PlannedRead]:
+        windows = self._windows[layer]
+        if recycled != (layer, expert):
+            try:
+                if not (recycled and self._take_over(recycled, (layer, expert))):
+                    for window in windows:
+                        memory.back(window.start(expert), window.size, huge=window.size >= HUGE_PAGE)
+                self._backed.add((layer, expert))
+            except OSError as error:
+                raise ExpertLoadError(
+                    f"No memory mapping for expert {expert} of layer {layer}: {error.strerror}.",
+                    "Raise the limit on mappings (sysctl vm.max_map_count) or lower the expert budget.",
+                ) from error
+        reads = []
+        for window in windows:
+            for stage, file, offset, size, address in window.parts:
+                source = offset + expert * size
+                target = address + expert * window.stride
+                lead = source % PAGE
+                length = -(-(lead + size) // PAGE) * PAGE
+                reads.append(
+                    PlannedRead(
+                        stage=stage,
+                        file=file,
+                        offset=source - lead,
+                        view=memory.view(target - lead, length),
+                        needed=lead + size,
+                    )
+                )
+        return reads
+
+    def _take_over(self, source: tuple[int, int], target: tuple[int, int]) -> bool:
+        old, new = self._windows[source[0]], self._windows[target[0]]
+        if [window.size for window in old] != [window.size for window in new]:
+            self.drop(*source)
+            return False
+        for index, (before, after) in enumerate(zip(old, new, strict=True)):
+            if not memory.move(before.start(source[1]), after.start(target[1]), before.size):
+                for window in old[index:]:
+                    memory.release(window.start(source[1]), window.size)
+                for window in new[index:]:
+                    memory.back(window.start(target[1]), window.size, huge=window.size >= HUGE_PAGE)
+        self._backed.discard(source)
+        return True
+
+    def drop(self, layer: int, expert: int) -> None:
+        for window in self._windows[layer]:
+            memory.release(window.start(expert), window.size)
+        self._backed.discard((layer, expert))
+
+    # ---- after a failed step
+
+    def expose(self, layer: int, experts: int) -> None:
+        """Make the layer's absent windows readable, so that a multiplication that cannot be stopped ends harmlessly.
+
+        Its result is thrown away with the step. :meth:`conceal` undoes it.
+        """
+        self._exposed = (layer, experts)
+        for expert in range(experts):
+            if (layer, expert) not in self._backed:
+                for window in self._windows[layer]:
+                    memory.back(window.start(expert), window.size, huge=False)
+
+    def conceal(self) -> None:
+        """Make absent windows inaccessible again after :meth:`expose`."""
+        if self._exposed is None:
+            return
+        layer, experts = self._exposed
+        self._exposed = None
+        for expert in range(experts):
+            if (layer, expert) not in self._backed:
+                for window in self._windows[layer]:
+                    memory.release(window.start(expert), window.size)
+
+    def close(self) -> None:
+        for address, size in self._regions:
+            memory.unmap(address, size)
+        self._regions.clear()
+        self._backed.clear()
+

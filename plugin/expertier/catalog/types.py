@@ -1,0 +1,140 @@
+"""Where every expert's bytes are, independent of file format and engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+PartRole = Literal["gate", "up", "down", "gate_up"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertPart:
+    """One weight tensor holding the rows of all experts of one layer.
+
+    Attributes
+    ----------
+    name : str
+        Tensor name in the model file, e.g. ``blk.3.ffn_up_exps.weight``.
+    layer : int
+        Index of the transformer layer.
+    role : {"gate", "up", "down", "gate_up"}
+        Which matrix of the expert this is.
+    file : Path
+        The file that holds the tensor (a model may be split over several).
+    offset : int
+        Byte offset in `file` of expert 0.
+    expert_bytes : int
+        Bytes of one expert; expert ``e`` lies at ``offset + e * expert_bytes``.
+    experts : int
+        Number of experts in the tensor.
+    type_name : str
+        Storage type, e.g. ``F16``, ``Q4_K``, ``MXFP4``.
+    shape : tuple of int
+        Engine order of dimensions (GGUF: ``(columns, rows, experts)``).
+    """
+
+    name: str
+    layer: int
+    role: PartRole
+    file: Path
+    offset: int
+    expert_bytes: int
+    experts: int
+    type_name: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerExperts:
+    """The routed experts of one layer.
+
+    Attributes
+    ----------
+    layer : int
+        Index of the transformer layer.
+    experts : int
+        Number of routed experts.
+    top_k : int
+        Experts used per token.
+    parts : tuple of ExpertPart
+        In the order in which the engine multiplies them (``gate``, ``up``, ``down`` or ``gate_up``, ``down``).
+    """
+
+    layer: int
+    experts: int
+    top_k: int
+    parts: tuple[ExpertPart, ...]
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of one expert, all parts together."""
+        return sum(part.expert_bytes for part in self.parts)
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all experts of the layer."""
+        return self.expert_bytes * self.experts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Catalog:
+    """Every routed expert of a model and what surrounds them.
+
+    Attributes
+    ----------
+    path : Path
+        The file the user named (the first one of a split model).
+    files : tuple of Path
+        All files, in split order.
+    format : str
+        ``gguf`` or ``safetensors``.
+    architecture : str
+        Architecture name in the file, e.g. ``qwen3moe``.
+    layers : tuple of LayerExperts
+        Layers that have routed experts, ascending; dense layers are left out.
+    block_count : int
+        Number of transformer layers, dense ones included.
+    file_bytes : int
+        Size of all files together.
+    other_bytes : int
+        Bytes of all tensors that are not routed experts (they stay in memory).
+    fingerprint : str
+        Hex digest over sizes, header and tensor table; changes when the model does. Reads no expert data.
+    """
+
+    path: Path
+    files: tuple[Path, ...]
+    format: str
+    architecture: str
+    layers: tuple[LayerExperts, ...]
+    block_count: int
+    file_bytes: int
+    other_bytes: int
+    fingerprint: str
+
+    @cached_property
+    def by_layer(self) -> dict[int, LayerExperts]:
+        """Layer index to its experts."""
+        return {layer.layer: layer for layer in self.layers}
+
+    @property
+    def expert_count(self) -> int:
+        """Number of routed experts over all layers."""
+        return sum(layer.experts for layer in self.layers)
+
+    @property
+    def total_expert_bytes(self) -> int:
+        """Bytes of all routed experts."""
+        return sum(layer.total_bytes for layer in self.layers)
+
+    @property
+    def largest_expert_bytes(self) -> int:
+        """Bytes of the largest expert of any layer."""
+        return max(layer.expert_bytes for layer in self.layers)
+
+    def smallest_budget(self, tokens: int = 1) -> int:
+        """Bytes that the largest working set of one layer can need for a step of `tokens` tokens."""
+        return max(min(layer.experts, tokens * layer.top_k) * layer.expert_bytes for layer in self.layers)

@@ -1,0 +1,87 @@
+"""ONE table of options: from it come the JSON keys, environment variables, command-line flags and the README table."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from expertier.errors import UnsupportedOptionError
+
+ENV_PREFIX = "EXPERTIER_"
+
+
+def _option(default: Any, help_text: str) -> Any:
+    return field(default=default, metadata={"help": help_text})
+
+
+@dataclass(frozen=True, kw_only=True)
+class OffloadOptions:
+    """Everything a user can set, for every engine.
+
+    Build it with :meth:`from_mapping`, which also reads the environment. ``expert_`` is the prefix of the keyword
+    arguments and flags inside an engine (``expert_budget=``), where plain names would be ambiguous.
+    """
+
+    budget: str | int = _option("auto", "Memory for experts: bytes, '8GiB', '25%' of all experts, or 'auto'.")
+    policy: Literal["lfu", "lru", "lfru", "edge"] = _option("lfu", "Eviction policy.")
+    half_life: float | None = _option(None, "Half-life of use counts in tokens (lfu: 16, lfru: 64).")
+    lookahead: Literal["auto", "on", "off"] = _option(
+        "auto", "Load the next layer's likely experts early; 'auto' keeps it only while it pays."
+    )
+    repack: Literal["auto", "on", "off"] = _option(
+        "auto", "Kernels: 'on' = repacked weights as default llama.cpp (needs a sidecar file), 'off' = plain."
+    )
+    io_mode: Literal["auto", "direct", "buffered"] = _option("auto", "How experts are read from storage.")
+    io_threads: int = _option(2, "Reads in flight at a time.")
+    margin: str | int = _option("auto", "Memory budget 'auto' leaves free for the system.")
+    sidecar_dir: str | None = _option(None, "Where the repacked sidecar goes (default: next to the model).")
+
+    @classmethod
+    def from_mapping(cls, given: Mapping[str, Any] | None = None) -> OffloadOptions:
+        """Combine explicit options, the environment and the defaults, in that order of precedence.
+
+        Parameters
+        ----------
+        given : mapping of str to object, optional
+            Options by field name; ``None`` values count as not given.
+
+        Raises
+        ------
+        UnsupportedOptionError
+            For an unknown name or a value outside an option's choices, from either source.
+        """
+        known = {option.name for option in fields(cls)}
+        values: dict[str, Any] = {}
+        for name in known:
+            text = os.environ.get(ENV_PREFIX + name.upper())
+            if text is not None:
+                values[name] = text
+        for name, value in (given or {}).items():
+            if name not in known:
+                raise UnsupportedOptionError(
+                    f"Expertier has no option {name!r}.", f"Options are: {', '.join(sorted(known))}."
+                )
+            if value is not None:
+                values[name] = value
+        hints = get_type_hints(cls)
+        return cls(**{name: _convert(name, value, hints[name]) for name, value in values.items()})
+
+
+def _convert(name: str, value: Any, hint: Any) -> Any:
+    if get_origin(hint) is Literal:
+        if isinstance(value, bool):
+            value = "on" if value else "off"
+        choices = get_args(hint)
+        if value not in choices:
+            raise UnsupportedOptionError(f"{name}={value!r} is not possible.", f"Choose from: {', '.join(choices)}.")
+        return value
+    accepted = get_args(hint) or (hint,)
+    for kind in (int, float):
+        if kind in accepted and str not in accepted:
+            try:
+                return kind(value)
+            except (TypeError, ValueError) as error:
+                raise UnsupportedOptionError(f"{name}={value!r} is not a number.") from error
+    return value

@@ -1,0 +1,66 @@
+"""Every refusal has a name and says what to do.
+
+All errors raised on purpose derive from :class:`ExpertierError`. The command line prints ``str(error)`` without a
+traceback, so a message must stand on its own: what is wrong, where, and the way out.
+"""
+
+from __future__ import annotations
+
+
+class ExpertierError(Exception):
+    """Base of every error Expertier raises on purpose.
+
+    Parameters
+    ----------
+    problem : str
+        What is wrong, in one sentence.
+    remedy : str, optional
+        What the user can do about it.
+    """
+
+    def __init__(self, problem: str, remedy: str = "") -> None:
+        super().__init__(f"{problem} {remedy}".strip())
+        self.problem = problem
+        self.remedy = remedy
+
+
+class ModelNotFoundError(ExpertierError, FileNotFoundError):
+    """The model path does not exist or is not a readable file."""
+
+    __str__ = ExpertierError.__str__
+
+
+class ModelFormatError(ExpertierError):
+    """The model file is truncated, corrupt or not of a supported format."""
+
+
+class NotMoEError(ExpertierError):
+    """The model has no routed experts: there is nothing to offload."""
+
+
+class UnsupportedModelError(ExpertierError):
+    """The model is a mixture of experts of a kind that cannot be managed."""
+
+
+class UnsupportedOptionError(ExpertierError):
+    """An engine option that cannot be combined with Expertier."""
+
+
+class UnsupportedEngineError(ExpertierError):
+    """The engine is missing or its version is not one that was verified."""
+
+
+class BudgetError(ExpertierError, ValueError):
+    """The budget cannot be parsed, is below the smallest working set, or exceeds the machine."""
+
+
+class ExpertLoadError(ExpertierError):
+    """Reading an expert failed; the step was abandoned and produced no output."""
+
+
+class SidecarError(ExpertierError):
+    """The sidecar file is damaged, belongs to another model, or cannot be written."""
+
+
+class ManagerClosedError(ExpertierError):
+    """The offload manager was used after it was closed."""

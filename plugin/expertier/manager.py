@@ -1,0 +1,653 @@
+"""The offload manager: the one object an adapter talks to."""
+
+from __future__ import annotations
+
+import copy
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from expertier.budget import format_bytes
+from expertier.errors import BudgetError, ExpertLoadError, ManagerClosedError
+from expertier.residency import make_policy
+from expertier.residency.base import ExpertSpace, IntArray
+from expertier.residency.pool import ExpertPool
+from expertier.storage import DEMAND, PREFETCH, IoScheduler, ReadRequest
+from expertier.telemetry import PhaseCounters, Stats
+
+_ABSENT, _LOADING, _RESIDENT, _CANCELLING, _SPARE = range(5)
+# _SPARE: the slot still holds memory, but a load into it was given up; nobody may compute on it.
+
+Phase = Literal["decode", "prefill"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ManagerConfig:
+    """How the manager behaves.
+
+    Attributes
+    ----------
+    policy : str
+        Eviction policy, a key of :data:`expertier.residency.POLICIES`.
+    half_life : float or None
+        Half-life in tokens of a frequency policy; ``None`` is the policy's default.
+    io_threads : int
+        Reads in flight at a time.
+    chunk_bytes : int
+        Size at which a running read can be overtaken.
+    quotas : mapping of int to int, or None
+        Most bytes each layer may hold; layers not named share the rest of the budget freely.
+    """
+
+    policy: str = "lfu"
+    half_life: float | None = None
+    io_threads: int = 2
+    chunk_bytes: int = 2 << 20
+    quotas: Mapping[int, int] | None = None
+
+
+class Lease:
+    """A layer's working set, pinned until released. Use it as a context manager or call :meth:`release`.
+
+    Attributes
+    ----------
+    layer : int
+        The layer.
+    """
+
+    __slots__ = ("_experts", "_manager", "_phase", "_released", "_stages_ready", "_waiting", "layer")
+
+    def __init__(self, manager: OffloadManager, layer: int, experts: IntArray, waiting: IntArray | None) -> None:
+        self.layer = layer
+        self._manager = manager
+        self._experts = experts
+        self._waiting = waiting  # experts that were not resident at the start; None once all are
+        self._stages_ready = 0
+        self._phase = manager._phase
+        self._released = False
+
+    def ready(self, stage: int) -> bool:
+        """Whether everything up to `stage` has arrived, without waiting."""
+        return self._waiting is None or stage < self._stages_ready or self._manager._stage_ready(self, stage)
+
+    def wait(self, stage: int | None = None) -> None:
+        """Block until every expert of the set has arrived, up to and including `stage` (``None``: completely).
+
+        Raises
+        ------
+        ExpertLoadError
+            When one of the experts could not be read.
+        """
+        if self._waiting is not None and (stage is None or stage >= self._stages_ready):
+            self._manager._wait(self, stage)
+
+    def release(self) -> None:
+        """Unpin the working set. Releasing twice does nothing."""
+        if not self._released:
+            self._released = True
+            self._manager._release(self)
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+class OffloadManager:
+    """Keeps a bounded set of experts in memory and brings in what a step needs.
+
+    Parameters
+    ----------
+    experts : mapping of int to int
+        Layer index to number of routed experts, for every MoE layer.
+    top_k : mapping of int to int
+        Layer index to experts used per token.
+    pool : ExpertPool
+        The adapter's memory.
+    budget : int
+        Most bytes the pool may hold at any moment, loads under way included.
+    config : ManagerConfig, optional
+        Policy and I/O settings.
+
+    Raises
+    ------
+    BudgetError
+        When the budget cannot hold one token's experts of some layer.
+
+    Notes
+    -----
+    All public methods may be called from several threads. Victims are never experts that a lease pins, loads under
+    way are never overwritten, and an expert becomes visible to a lease only after its last byte has arrived.
+    """
+
+    def __init__(
+        self,
+        *,
+        experts: Mapping[int, int],
+        top_k: Mapping[int, int],
+        pool: ExpertPool,
+        budget: int,
+        config: ManagerConfig | None = None,
+    ) -> None:
+        self.config = config or ManagerConfig()
+        self._pool = pool
+        self._layers = sorted(experts)
+        self._position = {layer: position for position, layer in enumerate(self._layers)}
+        self._experts = dict(experts)
+        counts = np.array([experts[layer] for layer in self._layers])
+        self._base = dict(zip(self._layers, np.concatenate([[0], np.cumsum(counts)[:-1]]).tolist(), strict=True))
+        total = int(counts.sum())
+        self._layer_index = np.repeat(np.arange(len(self._layers)), counts)
+        self._slot_bytes = {layer: pool.slot_bytes(layer) for layer in self._layers}
+        self._slot_of = np.array([self._slot_bytes[layer] for layer in self._layers])[self._layer_index]
+        self._smallest = {layer: min(experts[layer], top_k[layer]) * self._slot_bytes[layer] for layer in self._layers}
+
+        self._policy = make_policy(
+            self.config.policy,
+            ExpertSpace(layer_of=self._layer_index, layers=len(self._layers)),
+            half_life=self.config.half_life,
+        )
+        self._quotas = dict(self.config.quotas or {})
+        self._layer_bytes = dict.fromkeys(self._layers, 0)
+
+        self._state = np.zeros(total, np.int8)
+        self._pins = np.zeros(total, np.int32)
+        stages = max(pool.stages(layer) for layer in self._layers)
+        self._pending = np.zeros((total, stages), np.int16)
+        self._ahead = np.zeros(total, bool)  # loaded by a prefetch and not used yet
+        self._requests: dict[int, list[ReadRequest]] = {}
+        self._queued_at: dict[int, float] = {}
+        self._errors: dict[int, BaseException] = {}
+        self._finished_in_step = np.zeros(len(self._layers), bool)
+
+        self._stats = Stats(total_bytes=int(self._slot_of.sum()), total_experts=total)
+        self._phase: PhaseCounters = self._stats.decode
+        self._tokens = 1
+        self._used = 0
+        self._lock = threading.Condition()
+        self._admission = threading.Lock()  # one caller at a time waits for room, the others hold complete leases
+        self._leases = 0
+        self._closed = False
+        self._check_budget(budget)
+        self._budget = budget
+        self._io = IoScheduler(self._on_done, threads=self.config.io_threads, chunk_bytes=self.config.chunk_bytes)
+
+    # ---- steps
+
+    def begin_step(self, tokens: int = 1, phase: Phase = "decode") -> None:
+        """Start a forward pass over `tokens` tokens."""
+        with self._lock:
+            self._check_open()
+            self._policy.advance(tokens)
+            self._tokens = tokens
+            self._phase = self._stats.decode if phase == "decode" else self._stats.prefill
+            self._phase.steps += 1
+            self._phase.tokens += tokens
+            self._finished_in_step[:] = False
+
+    def end_step(self) -> None:
+        """End the forward pass: prefetches for layers that did not come are given up."""
+        with self._lock:
+            self._cancel(np.flatnonzero((self._state == _LOADING) & (self._pins == 0)))
+
+    def observe(self, layer: int, routes: ArrayLike) -> None:
+        """Note the routes of a layer: they feed the eviction policy.
+
+        Parameters
+        ----------
+        layer : int
+            The layer.
+        routes : array_like of int, shape (tokens, top_k) or (top_k,)
+            Experts of every token, oldest token first.
+        """
+        table = np.atleast_2d(np.asarray(routes, np.int64))
+        flat = table.ravel() + self._base[layer]
+        if len(table) == 1:
+            ages = np.zeros(len(flat))
+        else:
+            ages = np.repeat(np.arange(len(table) - 1, -1, -1.0), table.shape[1])
+        with self._lock:
+            self._policy.touch(flat, ages)
+
+    # ---- working sets
+
+    def acquire(self, layer: int, experts: ArrayLike, *, wait: bool = True) -> Lease:
+        """Pin the experts a layer needs and load those that are absent.
+
+        Parameters
+        ----------
+        layer : int
+            The layer.
+        experts : array_like of int
+            Expert indices within the layer, duplicates allowed.
+        wait : bool
+            Whether to return only when everything has arrived. With ``False`` the loads are under way on return
+            and the caller waits stage by stage with :meth:`Lease.wait`.
+
+        Raises
+        ------
+        BudgetError
+            When the set does not fit the budget.
+        ExpertLoadError
+            When an expert could not be read.
+        """
+        wanted = np.unique(np.asarray(experts, np.int64)) + self._base[layer]
+        with self._lock:
+            self._check_open()
+            if (self._state[wanted] == _RESIDENT).all():
+                self._pins[wanted] += 1
+                self._leases += 1
+                self._phase.ready_hits += len(wanted)
+                self._note_used(wanted)
+                self._finished_in_step[self._position[layer]] = True
+                return Lease(self, layer, wanted, None)
+        with self._admission:
+            lease = self._acquire_absent(layer, wanted)
+        if wait:
+            try:
+                lease.wait()
+            except BaseException:
+                lease.release()
+                raise
+        return lease
+
+    def _acquire_absent(self, layer: int, wanted: IntArray) -> Lease:
+        needed_bytes = len(wanted) * self._slot_bytes[layer]
+        with self._lock:
+            self._check_open()
+            if needed_bytes > self._limit(layer):
+                raise BudgetError(
+                    f"Layer {layer} of this step needs {len(wanted)} experts ({format_bytes(needed_bytes)}), "
+                    f"the budget is {format_bytes(self._limit(layer))}.",
+                    "Raise the budget or process fewer tokens per step (llama.cpp: a smaller n_ubatch).",
+                )
+            self._pins[wanted] += 1
+            self._leases += 1
+            try:
+                state = self._state[wanted]
+                waiting = wanted[state != _RESIDENT]
+                late = wanted[state == _LOADING]
+                self._phase.ready_hits += len(wanted) - len(waiting)
+                self._phase.late += len(late)
+                self._phase.misses += len(waiting) - len(late)
+                self._note_used(wanted)
+                self._cancel_other_prefetches(layer)
+                for expert in late.tolist():
+                    for request in self._requests[expert]:
+                        self._io.promote(request)
+                self._finished_in_step[self._position[layer]] = True
+                while True:
+                    state = self._state[waiting]
+                    absent = waiting[(state == _ABSENT) | (state == _SPARE)]
+                    if absent.size and not self._load_what_fits(layer, absent, DEMAND):
+                        self._wait_for_room(layer)
+                    elif (state == _CANCELLING).any():
+                        self._lock.wait()
+                        self._check_open()
+                    else:
+                        break
+            except BaseException:
+                self._pins[wanted] -= 1
+                self._leases -= 1
+                self._lock.notify_all()
+                raise
+            return Lease(self, layer, wanted, waiting)
+
+    def _note_used(self, wanted: IntArray) -> None:
+        ahead = self._ahead[wanted]
+        if ahead.any():
+            self._stats.prefetches_used += int(ahead.sum())
+            self._ahead[wanted] = False
+
+    def _stage_ready(self, lease: Lease, stage: int) -> bool:
+        assert lease._waiting is not None
+        # An error also counts as ready: the caller then waits, and the wait raises.
+        return not self._pending[lease._waiting, : stage + 1].any() or bool(self._errors)
+
+    def _wait(self, lease: Lease, stage: int | None) -> None:
+        waiting = lease._waiting
+        assert waiting is not None
+        stop = self._pending.shape[1] if stage is None else stage + 1
+        started = time.perf_counter()
+        with self._lock:
+            while True:
+                self._check_open()
+                if self._errors:
+                    self._raise_own_error(lease)
+                if not self._pending[waiting, :stop].any():
+                    break
+                self._lock.wait()
+            lease._phase.stall_seconds += time.perf_counter() - started
+        lease._stages_ready = stop
+        if stop == self._pending.shape[1]:
+            lease._waiting = None
+
+    def _raise_own_error(self, lease: Lease) -> None:
+        assert lease._waiting is not None
+        for expert in lease._waiting.tolist():
+            if (cause := self._errors.get(expert)) is not None:
+                local = expert - self._base[lease.layer]
+                raise ExpertLoadError(f"Expert {local} of layer {lease.layer} could not be loaded: {cause}") from cause
+
+    def _release(self, lease: Lease) -> None:
+        with self._lock:
+            self._pins[lease._experts] -= 1
+            self._leases -= 1
+            self._lock.notify_all()
+
+    # ---- loading and eviction; everything below is called with the lock held
+
+    def _limit(self, layer: int) -> int:
+        return min(self._budget, self._quotas.get(layer, self._budget))
+
+    def _evictable(self, layer: int | None) -> IntArray:
+        """Resident, unpinned experts that may make room for `layer` (``None``: for nobody), best victims first."""
+        position = 0
+        usable = (self._state == _RESIDENT) & (self._pins == 0)
+        if layer is not None:
+            position = self._position[layer]
+            if self._layer_bytes[layer] + self._slot_bytes[layer] > self._limit(layer):
+                usable &= self._layer_index == position
+        candidates = np.flatnonzero(usable)
+        scores = self._policy.keep_scores(candidates, position)
+        if self._tokens > 1:
+            # A step of many tokens touches most experts of every layer: those of layers still to come would be read
+            # again within this very step, so layers already finished give first.
+            return candidates[np.lexsort((scores, ~self._finished_in_step[self._layer_index[candidates]]))]
+        return candidates[np.argsort(scores, kind="stable")]
+
+    def _load_what_fits(self, layer: int, missing: IntArray, priority: int) -> bool:
+        """Begin loads for as many of `missing` as there is room for; whether all could begin."""
+        slot = self._slot_bytes[layer]
+        reads: list[list[ReadRequest]] = []
+        victims: list[int] | None = None
+        complete = True
+        for expert in missing.tolist():
+            recycled: int | None = None
+            if self._state[expert] == _SPARE:
+                recycled = expert
+            elif self._used + slot > self._budget or self._layer_bytes[layer] + slot > self._limit(layer):
+                recycled = self._spare_slot(layer, slot)
+                if recycled is None:
+                    if victims is None:
+                        victims = self._evictable(layer)[::-1].tolist()
+                    recycled, fits = self._make_room(layer, slot, victims)
+                    if not fits:
+                        complete = False
+                        break
+            reads.append(self._begin(layer, expert, recycled, priority))
+        # All experts' first stage before any second one: the first multiplication starts as soon as it can.
+        self._io.submit([request for group in _transpose(reads) for request in group])
+        return complete
+
+    def _spare_slot(self, layer: int, slot: int) -> int | None:
+        for spare in np.flatnonzero(self._state == _SPARE).tolist():
+            same_layer = self._layer_index[spare] == self._position[layer]
+            if self._layer_bytes[layer] + slot > self._limit(layer) and not same_layer:
+                continue
+            if self._pins[spare]:
+                continue  # somebody is about to load into it
+            if self._slot_of[spare] == slot:
+                return int(spare)
+            self._drop(spare)
+        return None
+
+    def _make_room(self, layer: int, slot: int, victims: list[int]) -> tuple[int | None, bool]:
+        """Evict until `slot` bytes fit. A victim of the same size is handed over instead of dropped."""
+        while self._used + slot > self._budget or self._layer_bytes[layer] + slot > self._limit(layer):
+            if not victims:
+                return None, False
+            victim = victims.pop()
+            self._stats.evictions += 1
+            if self._ahead[victim]:
+                self._ahead[victim] = False
+            if self._slot_of[victim] == slot:
+                return victim, True
+            self._drop(victim)
+        return None, True
+
+    def _drop(self, expert: int) -> None:
+        layer = self._layers[self._layer_index[expert]]
+        self._pool.drop(layer, expert - self._base[layer])
+        self._forget(expert)
+
+    def _forget(self, expert: int) -> None:
+        slot = int(self._slot_of[expert])
+        self._state[expert] = _ABSENT
+        self._used -= slot
+        self._layer_bytes[self._layers[self._layer_index[expert]]] -= slot
+
+    def _begin(self, layer: int, expert: int, recycled: int | None, priority: int) -> list[ReadRequest]:
+        slot = self._slot_bytes[layer]
+        source: tuple[int, int] | None = None
+        if recycled is not None:
+            old_layer = self._layers[self._layer_index[recycled]]
+            source = (old_layer, recycled - self._base[old_layer])
+            self._forget(recycled)
+        self._used += slot
+        self._layer_bytes[layer] += slot
+        self._stats.peak_resident_bytes = max(self._stats.peak_resident_bytes, self._used)
+        try:
+            plan = self._pool.place(layer, expert - self._base[layer], source)
+        except BaseException:
+            self._used -= slot
+            self._layer_bytes[layer] -= slot
+            raise
+        self._state[expert] = _LOADING
+        self._errors.pop(expert, None)
+        requests = [
+            ReadRequest(
+                file=read.file,
+                offset=read.offset,
+                view=read.view,
+                needed=read.needed,
+                tag=(expert, read.stage),
+                priority=priority,
+            )
+            for read in plan
+        ]
+        self._pending[expert] = 0
+        for read in plan:
+            self._pending[expert, read.stage] += 1
+        self._requests[expert] = list(requests)
+        self._queued_at[expert] = time.perf_counter()
+        return requests
+
+    def _wait_for_room(self, layer: int) -> None:
+        """Wait until a load ends or a lease is released; give up prefetches meanwhile."""
+        self._cancel(np.flatnonzero((self._state == _LOADING) & (self._pins == 0)))
+        busy = ((self._state == _LOADING) & (self._pins == 0)) | (self._state == _CANCELLING)
+        if not busy.any() and self._leases <= 1:
+            raise BudgetError(
+                f"There is no room for another expert of layer {layer} within {format_bytes(self._budget)}.",
+                "Raise the budget, or process fewer tokens per step.",
+            )
+        self._lock.wait()
+        self._check_open()
+
+    def _cancel_other_prefetches(self, layer: int) -> None:
+        """The router has spoken: prefetches for this layer that it does not want are given up."""
+        mine = self._layer_index == self._position[layer]
+        self._cancel(np.flatnonzero(mine & (self._state == _LOADING) & (self._pins == 0)))
+
+    def _cancel(self, experts: Iterable[int]) -> None:
+        for expert in experts:
+            expert = int(expert)
+            requests = self._requests.get(expert)
+            if requests is None or self._state[expert] != _LOADING:
+                continue
+            self._state[expert] = _CANCELLING
+            self._stats.prefetches_cancelled += 1
+            self._ahead[expert] = False
+            for request in list(requests):
+                self._io.cancel(request)
+
+    def _on_done(self, request: ReadRequest, error: BaseException | None, cancelled: bool) -> None:
+        expert, stage = request.tag
+        with self._lock:  # re-entrant: a cancel can complete a request at once
+            requests = self._requests[expert]
+            requests.remove(request)
+            self._pending[expert, stage] -= 1
+            if error is not None:
+                self._errors[expert] = error
+            elif cancelled:
+                self._state[expert] = _CANCELLING
+            if not requests:
+                del self._requests[expert]
+                self._stats.load_seconds += time.perf_counter() - self._queued_at.pop(expert)
+                whole = self._state[expert] == _LOADING and expert not in self._errors
+                self._state[expert] = _RESIDENT if whole else _SPARE
+            self._lock.notify_all()
+
+    # ---- loading ahead
+
+    def prefetch(
+        self, layer: int, experts: Sequence[int] | IntArray, probabilities: ArrayLike | None = None, *, limit: int
+    ) -> int:
+        """Load experts that a later layer of this step will probably need.
+
+        A prefetch takes free room or the slot of an expert that is less likely to be used; it never evicts pinned
+        experts, nor any of the experts named here.
+
+        Parameters
+        ----------
+        layer : int
+            The layer that will need them.
+        experts : sequence of int
+            Candidates within the layer, likeliest first.
+        probabilities : array_like of float, optional
+            Chance that each is used; ``None`` means certain.
+        limit : int
+            Most loads that may be under way ahead of need.
+
+        Returns
+        -------
+        int
+            Loads begun.
+        """
+        local = np.asarray(experts, np.int64)
+        wanted = local + self._base[layer]
+        chance = np.ones(len(wanted)) if probabilities is None else np.asarray(probabilities, np.float64)
+        with self._lock:
+            self._check_open()
+            limit -= int(((self._state == _LOADING) & (self._pins == 0)).sum())
+            absent = np.flatnonzero((self._state[wanted] == _ABSENT) | (self._state[wanted] == _SPARE))[: max(limit, 0)]
+            if not absent.size:
+                return 0
+            self._pins[wanted] += 1  # none of the named makes room for another
+            try:
+                slot = self._slot_bytes[layer]
+                room = min(self._budget - self._used, self._limit(layer) - self._layer_bytes[layer]) // slot
+                room += int((self._state == _SPARE).sum())
+                if len(absent) > room:
+                    victims = self._evictable(layer)[: len(absent) - room]
+                    likelier = self._policy.use_probability(victims) >= chance[absent[room : room + len(victims)]]
+                    if self._tokens > 1:  # layers still to come need all of theirs within this step
+                        likelier |= ~self._finished_in_step[self._layer_index[victims]]
+                    allowed = room + (int(np.argmax(likelier)) if likelier.any() else len(victims))
+                    self._stats.prefetches_declined += len(absent) - allowed
+                    absent = absent[:allowed]
+                chosen = wanted[absent]
+                self._load_what_fits(layer, chosen, PREFETCH)
+                begun = chosen[self._state[chosen] == _LOADING]
+                self._ahead[begun] = True
+                self._stats.prefetches += len(begun)
+                return len(begun)
+            finally:
+                self._pins[wanted] -= 1
+
+    # ---- budget, life cycle, numbers
+
+    @property
+    def prefetches_used(self) -> int:
+        """Experts loaded ahead of need that were needed."""
+        return self._stats.prefetches_used
+
+    @property
+    def budget(self) -> int:
+        """The budget in bytes."""
+        return self._budget
+
+    def _check_budget(self, budget: int) -> None:
+        layer = max(self._layers, key=lambda index: self._smallest[index])
+        if budget < self._smallest[layer]:
+            raise BudgetError(
+                f"A budget of {format_bytes(budget)} cannot hold the experts one token needs in layer {layer} "
+                f"({format_bytes(self._smallest[layer])}).",
+                f"Give at least {self._smallest[layer]} bytes.",
+            )
+
+    def resize(self, budget: int) -> None:
+        """Change the budget while the engine runs; returns when the pool holds no more than that.
+
+        Raises
+        ------
+        BudgetError
+            When the new budget cannot hold one token's experts; the old one stays in force.
+        """
+        self._check_budget(budget)
+        with self._admission, self._lock:
+            self._check_open()
+            self._budget = budget
+            while self._used > self._budget:
+                spare = np.flatnonzero((self._state == _SPARE) & (self._pins == 0)).tolist()
+                for expert in spare or self._evictable(None).tolist():
+                    if self._used <= self._budget:
+                        break
+                    if self._state[expert] == _RESIDENT:
+                        self._stats.evictions += 1
+                    self._ahead[expert] = False
+                    self._drop(expert)
+                if self._used > self._budget and not (self._state == _SPARE).any():
+                    self._cancel(np.flatnonzero((self._state == _LOADING) & (self._pins == 0)))
+                    if self._used > self._budget:
+                        self._lock.wait(1.0)
+                        self._check_open()
+
+    def stats(self) -> Stats:
+        """Return a snapshot of all counters."""
+        with self._lock:
+            self._stats.budget_bytes = self._budget
+            self._stats.resident_bytes = self._used
+            self._stats.resident_experts = int((self._state == _RESIDENT).sum())
+            self._stats.bytes_read = self._io.bytes_read
+            self._stats.prefetch_bytes_read = self._io.prefetch_bytes_read
+            return copy.deepcopy(self._stats)
+
+    def resident(self, layer: int) -> NDArray[np.bool_]:
+        """Which experts of a layer are resident, shape ``(experts,)``."""
+        base = self._base[layer]
+        with self._lock:
+            return self._state[base : base + self._experts[layer]] == _RESIDENT
+
+    def close(self) -> None:
+        """Stop I/O and release all memory. Waiters are woken with an error. Closing twice does nothing."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            self._lock.notify_all()
+        self._io.close()
+        self._pool.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ManagerClosedError("The offload manager is closed.", "Load the model again.")
+
+
+def _transpose(reads: list[list[ReadRequest]]) -> list[list[ReadRequest]]:
+    """Group requests by stage instead of by expert."""
+    stages: dict[int, list[ReadRequest]] = {}
+    for expert_reads in reads:
+        for request in expert_reads:
+            stages.setdefault(request.tag[1], []).append(request)
+    return [stages[stage] for stage in sorted(stages)]

@@ -1,0 +1,1 @@
+"""What the machine allows: memory limits, storage speed, and the plan that follows."""

@@ -1,0 +1,65 @@
+"""The memory experts live in, as the manager sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from expertier.storage import StorageFile
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedRead:
+    """One read that brings part of an expert into its slot.
+
+    Attributes
+    ----------
+    stage : int
+        Which of the expert's multiplications needs these bytes (0 is needed first).
+    file : StorageFile
+        Source.
+    offset : int
+        Absolute offset in `file`.
+    view : memoryview
+        Destination.
+    needed : int
+        Bytes that must arrive (the rest of `view` is alignment padding).
+    """
+
+    stage: int
+    file: StorageFile
+    offset: int
+    view: memoryview
+    needed: int
+
+
+class ExpertPool(Protocol):
+    """Memory owned by an adapter: it knows addresses, the manager knows who lives there.
+
+    The manager serialises all calls.
+    """
+
+    def slot_bytes(self, layer: int) -> int:
+        """Memory one resident expert of `layer` occupies, padding included."""
+
+    def stages(self, layer: int) -> int:
+        """Number of stages in which an expert of `layer` arrives."""
+
+    def place(self, layer: int, expert: int, recycled: tuple[int, int] | None) -> Sequence[PlannedRead]:
+        """Make room for an expert and return the reads that fill it.
+
+        Parameters
+        ----------
+        layer, expert : int
+            The expert that comes.
+        recycled : tuple of (int, int), optional
+            An expert that leaves, whose memory of the same size may be taken over. It can be the coming expert
+            itself when an earlier load of it was given up.
+        """
+
+    def drop(self, layer: int, expert: int) -> None:
+        """Give the memory of an expert back to the system."""
+
+    def close(self) -> None:
+        """Release everything."""

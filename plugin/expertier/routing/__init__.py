@@ -1,0 +1,6 @@
+"""Predicting routes. A prediction only moves bytes; the router stays the authority."""
+
+from expertier.routing.gate import GainGate
+from expertier.routing.lookahead import Lookahead
+
+__all__ = ["GainGate", "Lookahead"]

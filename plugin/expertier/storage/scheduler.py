@@ -1,0 +1,173 @@
+"""I/O threads with two priorities: demand reads overtake prefetches between chunks."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from expertier.storage.files import StorageFile
+
+DEMAND = 0
+"""A layer is waiting, or about to wait, for these bytes."""
+PREFETCH = 1
+"""Nobody waits yet; runs only when no demand chunk is queued."""
+
+
+@dataclass(eq=False)
+class ReadRequest:
+    """One contiguous read into memory, executed in chunks.
+
+    Attributes
+    ----------
+    file : StorageFile
+        Source.
+    offset : int
+        Absolute offset in `file`, page aligned for direct I/O.
+    view : memoryview
+        Destination, as long as the (padded) read.
+    needed : int
+        Bytes of `view` that must arrive.
+    tag : object
+        Handed back to the completion callback.
+    priority : int
+        :data:`DEMAND` or :data:`PREFETCH`.
+    """
+
+    file: StorageFile
+    offset: int
+    view: memoryview
+    needed: int
+    tag: Any = None
+    priority: int = DEMAND
+    _next: int = field(default=0, repr=False)
+    _in_flight: int = field(default=0, repr=False)
+    _cancelled: bool = field(default=False, repr=False)
+    _error: BaseException | None = field(default=None, repr=False)
+
+
+Completion = Callable[[ReadRequest, BaseException | None, bool], None]
+"""Called once per request from an I/O thread (or from :meth:`IoScheduler.cancel`) as ``(request, error, cancelled)``."""
+
+
+class IoScheduler:
+    """Executes :class:`ReadRequest` objects on a few threads.
+
+    Parameters
+    ----------
+    on_done : callable
+        Completion callback; runs without internal locks held.
+    threads : int
+        Reads in flight at a time.
+    chunk_bytes : int
+        A running read can be overtaken at multiples of this size. One expert's chunks are shared among the
+        threads, so that its first stage arrives as early as the device allows.
+    """
+
+    def __init__(self, on_done: Completion, *, threads: int = 2, chunk_bytes: int = 2 << 20) -> None:
+        self._on_done = on_done
+        self._chunk = chunk_bytes
+        self._queues: tuple[deque[ReadRequest], deque[ReadRequest]] = (deque(), deque())
+        self._wake = threading.Condition()
+        self._closed = False
+        self.bytes_read = 0
+        self.prefetch_bytes_read = 0
+        self._threads = [
+            threading.Thread(target=self._run, name=f"expertier-io-{index}", daemon=True) for index in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, requests: list[ReadRequest]) -> None:
+        """Queue requests in order, each at its own priority."""
+        with self._wake:
+            if self._closed:
+                raise RuntimeError("the I/O scheduler is closed")
+            for request in requests:
+                self._queues[request.priority].append(request)
+            self._wake.notify(len(requests))
+
+    def promote(self, request: ReadRequest) -> None:
+        """Turn a prefetch into a demand read; its remaining chunks overtake all prefetches."""
+        with self._wake:
+            if request.priority == PREFETCH:
+                request.priority = DEMAND
+                try:
+                    self._queues[PREFETCH].remove(request)
+                except ValueError:
+                    return  # every chunk is already in flight
+                self._queues[DEMAND].append(request)
+
+    def cancel(self, request: ReadRequest) -> None:
+        """Give up the chunks not yet started; completion follows when those in flight have ended."""
+        with self._wake:
+            if request._cancelled:
+                return
+            request._cancelled = True
+            try:
+                self._queues[request.priority].remove(request)
+            except ValueError:
+                return  # every chunk was handed out: the last one in flight completes the request
+            if request._in_flight:
+                return
+        self._on_done(request, None, True)
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                while not (self._queues[DEMAND] or self._queues[PREFETCH]):
+                    if self._closed:
+                        return
+                    self._wake.wait()
+                queue = self._queues[DEMAND] or self._queues[PREFETCH]
+                request = queue[0]
+                start = request._next
+                stop = min(start + self._chunk, len(request.view))
+                if len(request.view) - stop < self._chunk // 4:
+                    stop = len(request.view)  # no tiny tail chunks
+                request._next = stop
+                request._in_flight += 1
+                if stop == len(request.view):
+                    queue.popleft()
+            error: BaseException | None = None
+            try:
+                request.file.read_into(
+                    request.view[start:stop], request.offset + start, min(stop, request.needed) - start
+                )
+            except BaseException as caught:  # carried to whoever waits for this expert
+                error = caught
+            with self._wake:
+                request._in_flight -= 1
+                if error is None:
+                    self.bytes_read += stop - start
+                    if request.priority == PREFETCH:
+                        self.prefetch_bytes_read += stop - start
+                elif request._error is None:
+                    request._error = error
+                    if request._next < len(request.view) and not request._cancelled:
+                        self._queues[request.priority].remove(request)
+                        request._next = len(request.view)
+                finished = request._in_flight == 0 and (request._next == len(request.view) or request._cancelled)
+                cancelled = request._cancelled and request._next < len(request.view)
+            if finished:
+                self._on_done(request, request._error, cancelled)
+
+    def idle(self) -> bool:
+        """Whether no demand chunk is waiting to be started."""
+        return not self._queues[DEMAND]
+
+    def close(self) -> None:
+        """Stop the threads after the chunks in flight; queued requests complete as cancelled."""
+        with self._wake:
+            if self._closed:
+                return
+            self._closed = True
+            pending = [request for queue in self._queues for request in queue]
+            self._wake.notify_all()
+        for request in pending:
+            self.cancel(request)
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join()
