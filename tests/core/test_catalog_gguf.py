@@ -46,6 +46,7 @@ from support.raw_gguf import (
     moe_keys,
     moe_tensors,
     split,
+    tensor_row,
 )
 
 
@@ -492,10 +493,6 @@ def patched(content: bytes, old: bytes, new: bytes) -> bytes:
     return content.replace(old, new)
 
 
-def table_row(name: str, type_id: int, shape: tuple[int, ...], offset: int) -> bytes:
-    return name.encode() + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, type_id, offset)
-
-
 EMBEDDING = ("token_embd.weight", TYPE_F32, (32, 50))
 
 
@@ -513,7 +510,7 @@ EMBEDDING = ("token_embd.weight", TYPE_F32, (32, 50))
 def test_a_tensor_table_that_makes_no_sense_is_refused(
     tmp_path: Path, row: tuple[str, int, tuple[int, ...], int], says: str
 ) -> None:
-    content = patched(build(moe_keys(), moe_tensors()), table_row(*EMBEDDING, 0), table_row(*row))
+    content = patched(build(moe_keys(), moe_tensors()), tensor_row(*EMBEDDING, 0), tensor_row(*row))
     with pytest.raises(ExpertierError) as refusal:
         read_gguf(write(tmp_path / "m.gguf", content))
     assert says in str(refusal.value)

@@ -70,13 +70,17 @@ def key_value(name: str, item: Value) -> bytes:
     return text(name) + struct.pack("<I", item.kind) + _one(item.kind, item.value)
 
 
+def tensor_row(name: str, type_id: int, shape: Sequence[int], offset: int) -> bytes:
+    """Return one row of the tensor table; `offset` counts from the start of the data."""
+    return text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, type_id, offset)
+
+
 def build(keys: Mapping[str, Value], tensors: Sequence[Tensor], *, version: int = 3, alignment: int = 32) -> bytes:
     """Return a whole GGUF file."""
     pairs = b"".join(key_value(name, item) for name, item in keys.items())
     table, data = b"", b""
     for tensor in tensors:
-        table += text(tensor.name) + struct.pack(f"<I{len(tensor.shape)}Q", len(tensor.shape), *tensor.shape)
-        table += struct.pack("<IQ", tensor.type_id, len(data))
+        table += tensor_row(tensor.name, tensor.type_id, tensor.shape, len(data))
         data += tensor.content()
         data += bytes(-len(data) % alignment)
     header = b"GGUF" + struct.pack("<IQQ", version, len(tensors), len(keys)) + pairs + table

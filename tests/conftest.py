@@ -1,0 +1,25 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from support.tiny_gguf import TinySpec, write_tiny
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[TinySpec], Path]]:
+    """Yield a function that writes a small model once per session and returns the file to load."""
+    directory = tmp_path_factory.mktemp("tiny")
+    written: dict[TinySpec, Path] = {}
+
+    def model(spec: TinySpec) -> Path:
+        if spec not in written:
+            written[spec] = write_tiny(directory / f"tiny-{len(written)}.gguf", spec)
+        return written[spec]
+
+    yield model
+    shutil.rmtree(directory)  # pytest keeps the directories of three runs, too much for models
