@@ -14,6 +14,9 @@ EXPERT_TENSORS = rb"ffn_(gate|up|down|gate_up)_exps\.weight"
 """Matched against tensor names by llama.cpp (``std::regex_search``); ``_chexps`` and shared experts do not match."""
 
 
+_HIDDEN = b"\x01"  # first letter of an expert tensor's name while the model loads
+
+
 class ExpertBufferType:
     """Receives the expert tensors while a model loads and points them at their windows.
 
@@ -27,15 +30,13 @@ class ExpertBufferType:
 
     Notes
     -----
-    While loading, the type says that it is not host memory: llama.cpp then hands over data through ``set_tensor``,
-    which ignores it, instead of writing to addresses without memory. Afterwards it is host memory, so that the CPU
-    backend computes on it directly. Upstream: ``llama_model_loader::load_all_data`` and
-    ``ggml_backend_cpu_device_supports_buft``.
+    llama.cpp skips tensors it has no data for (``llama_model_loader::load_all_data``: "this can happen with split experts
+    models"), and looks data up by tensor name. So an expert tensor bears another name from the moment it gets its
+    address until loading has ended, and not a byte of it is read, mapped or copied.
     """
 
     def __init__(self, placements: Mapping[str, PartPlacement], *, repacked: bool) -> None:
         self._placements = placements
-        self._loading = True
         self._reserved: dict[int, tuple[int, int]] = {}
         self._name = ctypes.create_string_buffer(b"Expertier")
         self.tensors: dict[str, int] = {}
@@ -67,7 +68,7 @@ class ExpertBufferType:
                 ggml.GetSize(lambda _: PAGE),
                 ggml.GetSize(lambda _: 2**63 - 1),
                 ggml.GetAllocSize(lambda _, tensor: ggml.Tensor.from_address(tensor).nb[3]),
-                ggml.IsHost(lambda _: not self._loading and not repacked),
+                ggml.IsHost(lambda _: not repacked),
             ),
             None,
             None,
@@ -107,6 +108,7 @@ class ExpertBufferType:
                 self.error = UnsupportedModelError(f"llama.cpp cannot run {name} with repacked kernels on this CPU.")
                 return -1
         tensor.data = placement.address
+        tensor.name = _HIDDEN + tensor.name[len(_HIDDEN) :]
         self.tensors[name] = address
         return 0
 
@@ -126,8 +128,8 @@ class ExpertBufferType:
         bound = {}
         for name, address in self.tensors.items():
             tensor, placement = ggml.Tensor.from_address(address), self._placements[name]
+            tensor.name = name.encode()
             tensor.nb[3] = placement.stride * tensor.ne[2]
             tensor.nb[2] = placement.stride
             bound[address] = (name, placement.stage)
-        self._loading = False
         return bound

@@ -132,7 +132,7 @@ class Llama(llama_cpp.Llama):
             return self._hook.callback
 
         loader = ModelLoader(
-            layouts=layouts, catalog=catalog, buffers=buffers, extra_buffer_types=False, on_loaded=on_loaded
+            path=catalog.path, files=files.values(), buffers=buffers, extra_buffer_types=False, on_loaded=on_loaded
         )
         before = process_memory()
         try:

@@ -5,19 +5,16 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from ctypes import c_void_p
 from pathlib import Path
 from typing import Any
 
 from llama_cpp import llama_cpp as C  # noqa: N812 - the name llama-cpp-python itself uses for its C interface
 
-from expertier.catalog.gguf import GgufLayout, merged_header
-from expertier.catalog.types import Catalog
-from expertier.errors import ExpertierError, ModelFormatError
+from expertier.errors import ModelFormatError
 from expertier.storage import IoMode, StorageFile
 from expertier_llamacpp.buffer import ExpertBufferType
-from expertier_llamacpp.virtual_file import Extent, VirtualFile
 
 _patching = threading.Lock()
 
@@ -27,10 +24,10 @@ class ModelLoader:
 
     Parameters
     ----------
-    layouts : sequence of GgufLayout
-        The model's files.
-    catalog : Catalog
-        Its experts.
+    path : Path
+        The model, for messages.
+    files : collection of StorageFile
+        Its open files.
     buffers : ExpertBufferType
         Where the expert tensors go.
     extra_buffer_types : bool
@@ -43,15 +40,14 @@ class ModelLoader:
     def __init__(
         self,
         *,
-        layouts: Sequence[GgufLayout],
-        catalog: Catalog,
+        path: Path,
+        files: Collection[StorageFile],
         buffers: ExpertBufferType,
         extra_buffer_types: bool,
         on_loaded: Callable[[dict[int, tuple[str, int]]], Any],
     ) -> None:
-        self._layouts = layouts
-        self._experts = {part.name for layer in catalog.layers for part in layer.parts}
-        self._path = catalog.path
+        self._path = path
+        self._files = files
         self._buffers = buffers
         self._extra_buffer_types = extra_buffer_types
         self._on_loaded = on_loaded
@@ -68,7 +64,7 @@ class ModelLoader:
         thread = threading.get_ident()
 
         def load(path: bytes, params: Any) -> Any:
-            return self._load(params) if threading.get_ident() == thread else stock_load(path, params)
+            return self._load(path, params, stock_load) if threading.get_ident() == thread else stock_load(path, params)
 
         def init(model: Any, params: Any) -> Any:
             if threading.get_ident() == thread and self._callback is not None:
@@ -83,35 +79,23 @@ class ModelLoader:
             finally:
                 C.llama_model_load_from_file, C.llama_init_from_model = stock_load, stock_init
 
-    def _load(self, params: Any) -> Any:
+    def _load(self, path: bytes, params: Any, stock_load: Callable[[bytes, Any], Any]) -> Any:
         try:
-            return self._load_or_raise(params)
+            return self._load_or_raise(path, params, stock_load)
         except BaseException as error:
             # llama_cpp turns any failure into "Failed to load model from file"; keep the real one.
             self.error = error
             raise
 
-    def _load_or_raise(self, params: Any) -> Any:
-        header, segments = merged_header(self._layouts)
-        extents = [
-            Extent(
-                start=segment.virtual_offset,
-                size=segment.nbytes,
-                file=None if segment.tensor_name in self._experts else segment.file,
-                offset=segment.file_offset,
-            )
-            for segment in segments
-        ]
+    def _load_or_raise(self, path: bytes, params: Any, stock_load: Callable[[bytes, Any], Any]) -> Any:
+        # Without a mapping of the file: mapping one makes llama.cpp populate it, experts included.
         lock_memory = params.load_mode in (C.LLAMA_LOAD_MODE_MLOCK, C.LLAMA_LOAD_MODE_MMAP_MLOCK)
         params.load_mode = C.LLAMA_LOAD_MODE_MLOCK if lock_memory else C.LLAMA_LOAD_MODE_NONE
         params.use_extra_bufts = self._extra_buffer_types
         params.tensor_buft_overrides = ctypes.cast(self._buffers.overrides, c_void_p)
-        with VirtualFile(header, extents) as file:
-            model = C.llama_model_load_from_file_ptr(file.pointer, params)
-            if file.error is not None:
-                if isinstance(file.error, ExpertierError):
-                    raise file.error
-                raise ModelFormatError(f"Reading {self._path} failed: {file.error}.") from file.error
+        model = stock_load(path, params)
+        for file in self._files:
+            file.drop_cache()
         if self._buffers.error is not None:
             raise self._buffers.error
         if not model:

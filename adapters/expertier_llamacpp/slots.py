@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from expertier.catalog.types import LayerExperts
+from expertier.catalog.types import ExpertPart, LayerExperts
 from expertier.errors import ExpertLoadError
 from expertier.residency.pool import PlannedRead
 from expertier.storage import StorageFile
@@ -43,13 +43,23 @@ class PartPlacement:
 
 
 @dataclass(frozen=True, kw_only=True)
+class _WindowPart:
+    """One part of every expert in a window: where it comes from and where it goes."""
+
+    stage: int
+    file: StorageFile
+    part: ExpertPart
+    address: int  # of expert 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Window:
     """Parts whose windows move together."""
 
     base: int
     stride: int
     size: int
-    parts: tuple[tuple[int, StorageFile, int, int, int], ...]  # stage, file, file offset, bytes, address of expert 0
+    parts: tuple[_WindowPart, ...]
 
     def start(self, expert: int) -> int:
         return (self.base + expert * self.stride) // PAGE * PAGE
@@ -68,7 +78,7 @@ class WindowPool:
     Notes
     -----
     Direct reads need memory and file offset to agree modulo the page size, for every expert of a tensor. They do when
-    the stride is congruent to the expert's size modulo the page size, so parts share a window only if their sizes
+    the stride is congruent to the expert's stride in the file modulo the page size, so parts share a window only if their sizes
     are congruent; in practice quantised expert sizes are page multiples and a layer has one window per expert.
     """
 
@@ -89,7 +99,7 @@ class WindowPool:
     def _lay_out(self, layer: LayerExperts, files: Mapping[Path, StorageFile]) -> list[_Window]:
         groups: dict[int, list[int]] = {}
         for stage, part in enumerate(layer.parts):
-            groups.setdefault(part.expert_bytes % PAGE, []).append(stage)
+            groups.setdefault(part.stride % PAGE, []).append(stage)
         windows = []
         for drift, stages in groups.items():
             offset = 0
@@ -108,7 +118,7 @@ class WindowPool:
             for stage in stages:
                 part = layer.parts[stage]
                 address = base + starts[stage]
-                parts.append((stage, files[part.file], part.offset, part.expert_bytes, address))
+                parts.append(_WindowPart(stage=stage, file=files[part.file], part=part, address=address))
                 self.placements[part.name] = PartPlacement(name=part.name, address=address, stride=stride, stage=stage)
             windows.append(_Window(base=base, stride=stride, size=size, parts=tuple(parts)))
         return windows
@@ -136,15 +146,16 @@ class WindowPool:
                 ) from error
         reads = []
         for window in windows:
-            for stage, file, offset, size, address in window.parts:
-                source = offset + expert * size
-                target = address + expert * window.stride
+            for placed in window.parts:
+                source = placed.part.offset + expert * placed.part.stride
+                target = placed.address + expert * window.stride
                 lead = source % PAGE
+                size = placed.part.expert_bytes
                 length = -(-(lead + size) // PAGE) * PAGE
                 reads.append(
                     PlannedRead(
-                        stage=stage,
-                        file=file,
+                        stage=placed.stage,
+                        file=placed.file,
                         offset=source - lead,
                         view=memory.view(target - lead, length),
                         needed=lead + size,

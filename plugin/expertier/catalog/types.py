@@ -27,13 +27,15 @@ class ExpertPart:
     offset : int
         Byte offset in `file` of expert 0.
     expert_bytes : int
-        Bytes of one expert; expert ``e`` lies at ``offset + e * expert_bytes``.
+        Bytes of one expert.
     experts : int
         Number of experts in the tensor.
     type_name : str
         Storage type, e.g. ``F16``, ``Q4_K``, ``MXFP4``.
     shape : tuple of int
         Engine order of dimensions (GGUF: ``(columns, rows, experts)``).
+    padded_bytes : int or None
+        Distance from one expert to the next in `file`, where experts are padded; ``None``: they lie side by side.
     """
 
     name: str
@@ -45,6 +47,12 @@ class ExpertPart:
     experts: int
     type_name: str
     shape: tuple[int, ...]
+    padded_bytes: int | None = None
+
+    @property
+    def stride(self) -> int:
+        """Distance from one expert to the next in the file: expert ``e`` lies at ``offset + e * stride``."""
+        return self.expert_bytes if self.padded_bytes is None else self.padded_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
