@@ -43,7 +43,10 @@ class SetupError(Exception):
 
 def cache_dir() -> Path:
     """Directory for things that are expensive to make (the same rule as ``expertier.paths.cache_dir``)."""
-    return Path(os.environ.get("EXPERTIER_CACHE") or Path.home() / ".cache" / "expertier").expanduser()
+    if own := os.environ.get("EXPERTIER_CACHE"):
+        return Path(own).expanduser().absolute()
+    shared = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(shared) if os.path.isabs(shared) else Path.home() / ".cache") / "expertier"
 
 
 def pinned_version() -> str:
