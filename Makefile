@@ -24,7 +24,7 @@ MODEL ?=
 DEMO_OUT ?= examples/benchmarks/demo
 DEMO_MODEL = $(or $(MODEL),$(shell cat $(STAMPS)/reference-model 2>/dev/null))
 
-PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --quiet
 
 .PHONY: help setup demo test lint unit llama-patched clean distclean
 
