@@ -84,6 +84,7 @@ class EvalHook:
         self._previous_layer = -1
         self._step_open = False
         self.error: BaseException | None = None
+        self.compute_node = 0  # a tensor of the last graph, by which its compute buffer is found
         self.callback = ggml.EvalCallback(self._on_eval)
 
     # ---- called around llama_decode
@@ -91,6 +92,7 @@ class EvalHook:
     def begin(self) -> None:
         """Prepare for a llama.cpp call that runs the graph."""
         self.error = None
+        self.compute_node = 0
         self._previous_layer = -1
 
     def finish(self) -> None:
@@ -143,7 +145,7 @@ class EvalHook:
             self._manager.begin_step(len(routes), "decode" if len(routes) == 1 else "prefill")
             self._step_open = True
         self._previous_layer = layer
-        self._topk_node = node
+        self._topk_node = self.compute_node = node
         self._manager.observe(layer, routes)
         self._lease = self._manager.acquire(layer, routes, wait=False)
         if self._prefetcher is not None:

@@ -139,6 +139,10 @@ def base() -> ctypes.CDLL:
     lib.ggml_backend_buft_alloc_buffer.argtypes = [c_void_p, c_size_t]
     lib.ggml_backend_buffer_free.restype = None
     lib.ggml_backend_buffer_free.argtypes = [c_void_p]
+    lib.ggml_backend_buffer_get_base.restype = c_void_p
+    lib.ggml_backend_buffer_get_base.argtypes = [c_void_p]
+    lib.ggml_backend_buffer_get_size.restype = c_size_t
+    lib.ggml_backend_buffer_get_size.argtypes = [c_void_p]
     lib.ggml_op_name.restype = c_char_p
     lib.ggml_op_name.argtypes = [c_int]
     lib.ggml_tensor_overhead.restype = c_size_t

@@ -16,13 +16,14 @@ from expertier.budget import format_bytes, parse_budget
 from expertier.catalog.gguf import build_catalog, read_layout, read_tensor
 from expertier.catalog.types import Catalog
 from expertier.config import OffloadOptions
-from expertier.errors import BudgetError, ExpertierError, ModelFormatError, UnsupportedOptionError
+from expertier.errors import ExpertierError, ModelFormatError, UnsupportedOptionError
 from expertier.manager import ManagerConfig, OffloadManager
 from expertier.planning.memory import memory_left, process_memory
 from expertier.routing import GainGate, Lookahead
 from expertier_llamacpp import ggml
 from expertier_llamacpp.buffer import ExpertBufferType
 from expertier_llamacpp.callback import EvalHook
+from expertier_llamacpp.governor import BudgetGovernor, StepMemory
 from expertier_llamacpp.loading import ModelLoader, open_files
 from expertier_llamacpp.prefetch import Prefetcher
 from expertier_llamacpp.slots import WindowPool
@@ -144,43 +145,33 @@ class Llama(llama_cpp.Llama):
             if loader.error is not None:
                 raise loader.error from error
             raise ModelFormatError(f"llama.cpp could not set up {model_path}: {error}") from error
-        self._guard_compute()
+        self._governor: BudgetGovernor | None = None
         if asked is None:
             promised = max(0, process_memory().untouched - before.untouched)
-            manager.resize(self._automatic_budget(options, promised, smallest, pool))
-
-    def _automatic_budget(
-        self, options: OffloadOptions, promised: int, smallest: int, pool: WindowPool
-    ) -> int:
-        """All the memory that is left, minus what llama.cpp has allocated but not touched yet, minus a margin."""
-        bound = memory_left()
-        left = bound.left - promised
-        if options.margin == "auto":
-            # The interpreter's own growth, and page tables: 2 MiB of experts cost a 4 KiB table.
-            margin = (32 << 20) + bound.left // 100
-        else:
-            margin = parse_budget(options.margin, bound.left) or 0
-        budget = left - margin
-        if budget < smallest:
-            raise BudgetError(
-                f"{bound.source} leaves {format_bytes(max(0, left))} for experts, one token needs "
-                f"{format_bytes(smallest)}.",
-                "Raise the memory limit, or lower n_ctx, n_batch and n_ubatch.",
+            self._governor = BudgetGovernor(
+                manager,
+                StepMemory.of(catalog, promised=promised, n_ubatch=self.context_params.n_ubatch),
+                margin=_margin(options),
+                smallest=smallest,
+                largest=sum(layer.experts * pool.slot_bytes(layer.layer) for layer in catalog.layers),
             )
-        total = sum(layer.experts * pool.slot_bytes(layer.layer) for layer in self.catalog.layers)
-        return min(budget, total)
+        self._guard_compute()
 
     def _guard_compute(self) -> None:
         """Raise what went wrong inside the graph before anyone looks at the output."""
-        hook, context = self._hook, self._ctx
+        hook, governor, context = self._hook, self._governor, self._ctx
 
         def guarded(stock: Callable[[Any], None]) -> Callable[[Any], None]:
             def compute(batch: Any) -> None:
+                if governor is not None:
+                    governor.before(batch.n_tokens())
                 hook.begin()
                 try:
                     stock(batch)
                 finally:
                     hook.finish()
+                    if governor is not None:
+                        governor.after(hook.compute_node)
 
             return compute
 
@@ -220,6 +211,14 @@ def _close_all() -> None:
     # Freeing a model calls back into Python, which is not possible any more when the interpreter is gone.
     for instance in list(_instances):
         instance.close()
+
+
+def _margin(options: OffloadOptions) -> int:
+    """Bytes that budget "auto" leaves alone: the interpreter's growth, and page tables (4 KiB per 2 MiB of experts)."""
+    limit = memory_left().left
+    if options.margin == "auto":
+        return (32 << 20) + limit // 100
+    return parse_budget(options.margin, limit) or 0
 
 
 def _refuse_options(kwargs: dict[str, Any]) -> None:
