@@ -184,6 +184,8 @@ def _read_ids(node: int) -> NDArray[np.int64]:
     top_k, tokens = tensor.ne[0], tensor.ne[1]
     if not top_k or not tokens:
         return np.empty((0, 0), np.int64)
+    if tokens == 1:
+        return np.array([(ctypes.c_int32 * top_k).from_address(tensor.data)[:]], np.int64)
     stride = tensor.nb[1] // 4
     count = (tokens - 1) * stride + top_k
     flat = np.frombuffer((ctypes.c_int32 * count).from_address(tensor.data), np.int32)

@@ -209,11 +209,10 @@ class OffloadManager:
         routes : array_like of int, shape (tokens, top_k) or (top_k,)
             Experts of every token, oldest token first.
         """
-        table = np.atleast_2d(np.asarray(routes, np.int64))
+        table = np.asarray(routes, np.int64)
         flat = table.ravel() + self._base[layer]
-        if len(table) == 1:
-            ages = np.zeros(len(flat))
-        else:
+        ages = None
+        if table.ndim == 2 and len(table) > 1:
             ages = np.repeat(np.arange(len(table) - 1, -1, -1.0), table.shape[1])
         with self._lock:
             self._policy.touch(flat, ages)
@@ -227,8 +226,8 @@ class OffloadManager:
         ----------
         layer : int
             The layer.
-        experts : array_like of int
-            Expert indices within the layer, duplicates allowed.
+        experts : array_like of int, shape (n,) or (tokens, top_k)
+            Expert indices within the layer, duplicates allowed except within one token's row.
         wait : bool
             Whether to return only when everything has arrived. With ``False`` the loads are under way on return
             and the caller waits stage by stage with :meth:`Lease.wait`.
@@ -240,7 +239,9 @@ class OffloadManager:
         ExpertLoadError
             When an expert could not be read.
         """
-        wanted = np.unique(np.asarray(experts, np.int64)) + self._base[layer]
+        chosen = np.asarray(experts, np.int64)
+        # One token's experts are distinct; sorting them would be half of what a fully resident layer costs.
+        wanted = (chosen[0] if chosen.ndim == 2 and len(chosen) == 1 else np.unique(chosen)) + self._base[layer]
         with self._lock:
             self._check_open()
             if (self._state[wanted] == _RESIDENT).all():

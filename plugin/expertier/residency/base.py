@@ -39,15 +39,16 @@ class EvictionPolicy(Protocol):
 
     name: str
 
-    def touch(self, experts: IntArray, ages: FloatArray) -> None:
+    def touch(self, experts: IntArray, ages: FloatArray | None = None) -> None:
         """Note uses.
 
         Parameters
         ----------
         experts : ndarray of int64, shape (n,)
             Expert numbers, repeated once per token that uses them.
-        ages : ndarray of float64, shape (n,)
-            Tokens between the use and the end of the step (0 for the newest token).
+        ages : ndarray of float64, shape (n,), optional
+            Tokens between the use and the end of the step (0 for the newest token). ``None`` stands for one token's
+            experts: all of age 0 and none twice.
         """
 
     def advance(self, tokens: int) -> None:

@@ -27,7 +27,7 @@ class Edge:
         self._count = np.zeros(len(space))
         self._tokens = 0
 
-    def touch(self, experts: IntArray, ages: FloatArray) -> None:
+    def touch(self, experts: IntArray, ages: FloatArray | None = None) -> None:
         np.add.at(self._count, experts, 1.0)
 
     def advance(self, tokens: int) -> None:

@@ -26,7 +26,7 @@ class LFRU:
         self._frequency = LFU(space, half_life)
         self._recency = LRU(space)
 
-    def touch(self, experts: IntArray, ages: FloatArray) -> None:
+    def touch(self, experts: IntArray, ages: FloatArray | None = None) -> None:
         self._frequency.touch(experts, ages)
         self._recency.touch(experts, ages)
 

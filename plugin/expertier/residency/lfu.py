@@ -34,7 +34,10 @@ class LFU:
         self._now = 0.0  # in half-lives since the last renormalisation
         self._steady = 1.0 - 2.0 ** (-1.0 / half_life)
 
-    def touch(self, experts: IntArray, ages: FloatArray) -> None:
+    def touch(self, experts: IntArray, ages: FloatArray | None = None) -> None:
+        if ages is None:
+            self._count[experts] += 2.0**self._now
+            return
         np.add.at(self._count, experts, np.exp2(self._now - ages / self.half_life))
 
     def advance(self, tokens: int) -> None:

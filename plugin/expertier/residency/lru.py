@@ -21,7 +21,10 @@ class LRU:
         self._last = np.full(len(space), -np.inf)
         self._offset = space.layer_of / max(1, space.layers)
 
-    def touch(self, experts: IntArray, ages: FloatArray) -> None:
+    def touch(self, experts: IntArray, ages: FloatArray | None = None) -> None:
+        if ages is None:
+            self._last[experts] = self._now + self._offset[experts]
+            return
         np.maximum.at(self._last, experts, self._now - ages + self._offset[experts])
 
     def advance(self, tokens: int) -> None:
