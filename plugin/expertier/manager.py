@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +21,8 @@ from expertier.residency.base import ExpertSpace, IntArray
 from expertier.residency.pool import ExpertPool
 from expertier.storage import DEMAND, PREFETCH, IoScheduler, ReadRequest
 from expertier.telemetry import PhaseCounters, Stats
+
+logger = logging.getLogger("expertier")
 
 _ABSENT, _LOADING, _RESIDENT, _CANCELLING, _SPARE = range(5)
 # _SPARE: the slot still holds memory, but a load into it was given up; nobody may compute on it.
@@ -121,12 +124,15 @@ class OffloadManager:
     Raises
     ------
     BudgetError
-        When the budget cannot hold one token's experts of some layer.
+        When the budget or a quota cannot hold one token's experts of some layer.
 
     Notes
     -----
     All public methods may be called from several threads. Victims are never experts that a lease pins, loads under
     way are never overwritten, and an expert becomes visible to a lease only after its last byte has arrived.
+
+    A thread releases its lease before it acquires the next or resizes: memory that a lease pins makes no room, and
+    whoever needs room waits until the other threads have released theirs.
     """
 
     def __init__(
@@ -176,8 +182,10 @@ class OffloadManager:
         self._lock = threading.Condition()
         self._admission = threading.Lock()  # one caller at a time waits for room, the others hold complete leases
         self._leases = 0
+        self._tight = False  # somebody waits for memory to become free: prefetches stay away
         self._closed = False
         self._check_budget(budget)
+        self._check_quotas()
         self._budget = budget
         self._io = IoScheduler(self._on_done, threads=self.config.io_threads, chunk_bytes=self.config.chunk_bytes)
 
@@ -237,7 +245,7 @@ class OffloadManager:
         BudgetError
             When the set does not fit the budget.
         ExpertLoadError
-            When an expert could not be read.
+            When an expert could not be read, or is not one of the layer's.
         """
         chosen = np.asarray(experts, np.int64)
         # One token's experts are distinct; sorting them would be half of what a fully resident layer costs.
@@ -245,6 +253,8 @@ class OffloadManager:
         with self._lock:
             self._check_open()
             if (self._state[wanted] == _RESIDENT).all():
+                if self._requests:
+                    self._cancel_other_prefetches(layer)
                 self._pins[wanted] += 1
                 self._leases += 1
                 self._phase.ready_hits += len(wanted)
@@ -252,7 +262,7 @@ class OffloadManager:
                 self._finished_in_step[self._position[layer]] = True
                 return Lease(self, layer, wanted, None)
         with self._admission:
-            lease = self._acquire_absent(layer, wanted)
+            lease = self._acquire_absent(layer, np.unique(wanted))
         if wait:
             try:
                 lease.wait()
@@ -262,6 +272,9 @@ class OffloadManager:
         return lease
 
     def _acquire_absent(self, layer: int, wanted: IntArray) -> Lease:
+        local = wanted - self._base[layer]
+        if local.size and not 0 <= local[0] <= local[-1] < self._experts[layer]:
+            raise ExpertLoadError(f"Layer {layer} has {self._experts[layer]} experts, asked for were {local.tolist()}.")
         needed_bytes = len(wanted) * self._slot_bytes[layer]
         with self._lock:
             self._check_open()
@@ -286,14 +299,19 @@ class OffloadManager:
                     for request in self._requests[expert]:
                         self._io.promote(request)
                 self._finished_in_step[self._position[layer]] = True
+                begun = np.zeros(len(waiting), bool)
                 while True:
+                    # What failed before this call is tried again; what fails during it is not, or a broken disk
+                    # would be read over and over until there is room.
+                    self._raise_own_error(layer, waiting[begun])
                     state = self._state[waiting]
                     absent = waiting[(state == _ABSENT) | (state == _SPARE)]
-                    if absent.size and not self._load_what_fits(layer, absent, DEMAND):
+                    complete = not absent.size or self._load_what_fits(layer, absent, DEMAND)
+                    begun |= self._state[waiting] == _LOADING
+                    if not complete:
                         self._wait_for_room(layer)
                     elif (state == _CANCELLING).any():
-                        self._lock.wait()
-                        self._check_open()
+                        self._pause()
                     else:
                         break
             except BaseException:
@@ -311,8 +329,10 @@ class OffloadManager:
 
     def _stage_ready(self, lease: Lease, stage: int) -> bool:
         assert lease._waiting is not None
+        if not self._pending[lease._waiting, : stage + 1].any():
+            return True
         # An error also counts as ready: the caller then waits, and the wait raises.
-        return not self._pending[lease._waiting, : stage + 1].any() or bool(self._errors)
+        return bool(self._errors) and any(expert in self._errors for expert in lease._waiting.tolist())
 
     def _wait(self, lease: Lease, stage: int | None) -> None:
         waiting = lease._waiting
@@ -322,8 +342,7 @@ class OffloadManager:
         with self._lock:
             while True:
                 self._check_open()
-                if self._errors:
-                    self._raise_own_error(lease)
+                self._raise_own_error(lease.layer, waiting)
                 if not self._pending[waiting, :stop].any():
                     break
                 self._lock.wait()
@@ -332,12 +351,20 @@ class OffloadManager:
         if stop == self._pending.shape[1]:
             lease._waiting = None
 
-    def _raise_own_error(self, lease: Lease) -> None:
-        assert lease._waiting is not None
-        for expert in lease._waiting.tolist():
+    def _raise_own_error(self, layer: int, experts: IntArray) -> None:
+        if not self._errors:
+            return
+        for expert in experts.tolist():
             if (cause := self._errors.get(expert)) is not None:
-                local = expert - self._base[lease.layer]
-                raise ExpertLoadError(f"Expert {local} of layer {lease.layer} could not be loaded: {cause}") from cause
+                local = expert - self._base[layer]
+                raise ExpertLoadError(f"Expert {local} of layer {layer} could not be loaded: {cause}") from cause
+
+    def _pause(self) -> None:
+        """Wait until a load ends or a lease is released, on the caller's time."""
+        started = time.perf_counter()
+        self._lock.wait()
+        self._phase.stall_seconds += time.perf_counter() - started
+        self._check_open()
 
     def _release(self, lease: Lease) -> None:
         with self._lock:
@@ -366,28 +393,50 @@ class OffloadManager:
             return candidates[np.lexsort((scores, ~self._finished_in_step[self._layer_index[candidates]]))]
         return candidates[np.argsort(scores, kind="stable")]
 
-    def _load_what_fits(self, layer: int, missing: IntArray, priority: int) -> bool:
-        """Begin loads for as many of `missing` as there is room for; whether all could begin."""
+    def _victims(self, layer: int, priority: int) -> list[tuple[int, float]]:
+        """Experts that may make room for `layer` with what each is worth to a prefetch, best victim last."""
+        victims = self._evictable(layer)[::-1]
+        if priority == DEMAND:
+            worth = np.zeros(len(victims))
+        else:
+            worth = self._policy.use_probability(victims)
+            if self._tokens > 1:  # layers still to come need all of theirs within this step
+                worth[~self._finished_in_step[self._layer_index[victims]]] = np.inf
+        return list(zip(victims.tolist(), worth.tolist(), strict=True))
+
+    def _load_what_fits(
+        self, layer: int, missing: IntArray, priority: int, chances: NDArray[np.float64] | None = None
+    ) -> bool:
+        """Begin loads for as many of `missing` as there is room for; whether all could begin.
+
+        With `chances`, an expert makes room only for one that is likelier to be used.
+        """
         slot = self._slot_bytes[layer]
         reads: list[list[ReadRequest]] = []
-        victims: list[int] | None = None
+        victims: list[tuple[int, float]] | None = None
+        full = False
         complete = True
-        for expert in missing.tolist():
-            recycled: int | None = None
-            if self._state[expert] == _SPARE:
-                recycled = expert
-            elif self._used + slot > self._budget or self._layer_bytes[layer] + slot > self._limit(layer):
-                recycled = self._spare_slot(layer, slot)
-                if recycled is None:
-                    if victims is None:
-                        victims = self._evictable(layer)[::-1].tolist()
-                    recycled, fits = self._make_room(layer, slot, victims)
-                    if not fits:
-                        complete = False
-                        break
-            reads.append(self._begin(layer, expert, recycled, priority))
-        # All experts' first stage before any second one: the first multiplication starts as soon as it can.
-        self._io.submit([request for group in _transpose(reads) for request in group])
+        try:
+            for index, expert in enumerate(missing.tolist()):
+                recycled: int | None = None
+                if self._state[expert] == _SPARE:
+                    recycled = expert
+                elif self._used + slot > self._budget or self._layer_bytes[layer] + slot > self._limit(layer):
+                    recycled = self._spare_slot(layer, slot)
+                    if recycled is None:
+                        was_full, full = full, self._layer_bytes[layer] + slot > self._limit(layer)
+                        if victims is None or full != was_full:  # a layer at its quota lives on its own
+                            victims = self._victims(layer, priority)
+                        chance = np.inf if chances is None else float(chances[index])
+                        recycled, fits = self._make_room(layer, slot, victims, chance)
+                        if not fits:
+                            complete = False
+                            break
+                reads.append(self._begin(layer, expert, recycled, priority))
+        finally:
+            # All experts' first stage before any second one: the first multiplication starts as soon as it can.
+            # Also after an error: what has begun must be read, or whoever waits for it would wait for ever.
+            self._io.submit([request for group in _transpose(reads) for request in group])
         return complete
 
     def _spare_slot(self, layer: int, slot: int) -> int | None:
@@ -402,17 +451,28 @@ class OffloadManager:
             self._drop(spare)
         return None
 
-    def _make_room(self, layer: int, slot: int, victims: list[int]) -> tuple[int | None, bool]:
-        """Evict until `slot` bytes fit. A victim of the same size is handed over instead of dropped."""
-        while self._used + slot > self._budget or self._layer_bytes[layer] + slot > self._limit(layer):
-            if not victims:
+    def _make_room(
+        self, layer: int, slot: int, victims: list[tuple[int, float]], chance: float
+    ) -> tuple[int | None, bool]:
+        """Evict until `slot` bytes fit. A victim of the same size is handed over instead of dropped.
+
+        Nothing is evicted when all that may go is not enough, or when something worth more than `chance` had to go.
+        """
+        leaving: list[tuple[int, float]] = []
+        freed = 0
+        while self._used + slot - freed > self._budget or self._layer_bytes[layer] + slot > self._limit(layer):
+            if not victims or victims[-1][1] >= chance:
+                victims.extend(reversed(leaving))
                 return None, False
-            victim = victims.pop()
-            self._stats.evictions += 1
-            if self._ahead[victim]:
-                self._ahead[victim] = False
+            victim, worth = victims.pop()
             if self._slot_of[victim] == slot:
+                victims.extend(reversed(leaving))
+                self._stats.evictions += 1
                 return victim, True
+            leaving.append((victim, worth))
+            freed += int(self._slot_of[victim])
+        self._stats.evictions += len(leaving)
+        for victim, _ in leaving:
             self._drop(victim)
         return None, True
 
@@ -424,6 +484,7 @@ class OffloadManager:
     def _forget(self, expert: int) -> None:
         slot = int(self._slot_of[expert])
         self._state[expert] = _ABSENT
+        self._ahead[expert] = False
         self._used -= slot
         self._layer_bytes[self._layers[self._layer_index[expert]]] -= slot
 
@@ -442,8 +503,11 @@ class OffloadManager:
         except BaseException:
             self._used -= slot
             self._layer_bytes[layer] -= slot
+            # Neither is counted any more, so neither may keep memory.
+            self._pool.drop(layer, expert - self._base[layer])
+            if source is not None:
+                self._pool.drop(*source)
             raise
-        self._state[expert] = _LOADING
         self._errors.pop(expert, None)
         requests = [
             ReadRequest(
@@ -453,27 +517,37 @@ class OffloadManager:
                 needed=read.needed,
                 tag=(expert, read.stage),
                 priority=priority,
+                check=read.check,
             )
             for read in plan
         ]
         self._pending[expert] = 0
         for read in plan:
             self._pending[expert, read.stage] += 1
+        if not requests:  # the pool had the bytes at hand
+            self._state[expert] = _RESIDENT
+            return requests
+        self._state[expert] = _LOADING
         self._requests[expert] = list(requests)
         self._queued_at[expert] = time.perf_counter()
         return requests
 
     def _wait_for_room(self, layer: int) -> None:
         """Wait until a load ends or a lease is released; give up prefetches meanwhile."""
+        spare = int((self._state == _SPARE).sum())
         self._cancel(np.flatnonzero((self._state == _LOADING) & (self._pins == 0)))
-        busy = ((self._state == _LOADING) & (self._pins == 0)) | (self._state == _CANCELLING)
-        if not busy.any() and self._leases <= 1:
+        if int((self._state == _SPARE).sum()) > spare:
+            return  # reads that were only queued have ended already: nobody would wake us for them
+        if not (self._state == _CANCELLING).any() and self._leases <= 1:
             raise BudgetError(
                 f"There is no room for another expert of layer {layer} within {format_bytes(self._budget)}.",
                 "Raise the budget, or process fewer tokens per step.",
             )
-        self._lock.wait()
-        self._check_open()
+        self._tight = True
+        try:
+            self._pause()
+        finally:
+            self._tight = False
 
     def _cancel_other_prefetches(self, layer: int) -> None:
         """The router has spoken: prefetches for this layer that it does not want are given up."""
@@ -487,7 +561,7 @@ class OffloadManager:
             if requests is None or self._state[expert] != _LOADING:
                 continue
             self._state[expert] = _CANCELLING
-            self._stats.prefetches_cancelled += 1
+            self._stats.prefetches_cancelled += int(self._ahead[expert])
             self._ahead[expert] = False
             for request in list(requests):
                 self._io.cancel(request)
@@ -499,14 +573,18 @@ class OffloadManager:
             requests.remove(request)
             self._pending[expert, stage] -= 1
             if error is not None:
-                self._errors[expert] = error
-            elif cancelled:
+                self._errors.setdefault(expert, error)
+                self._ahead[expert] = False
+            if error is not None or cancelled:
                 self._state[expert] = _CANCELLING
             if not requests:
                 del self._requests[expert]
                 self._stats.load_seconds += time.perf_counter() - self._queued_at.pop(expert)
-                whole = self._state[expert] == _LOADING and expert not in self._errors
-                self._state[expert] = _RESIDENT if whole else _SPARE
+                self._state[expert] = _RESIDENT if self._state[expert] == _LOADING else _SPARE
+            elif error is not None:
+                # The rest is of no use, and a retry should not have to wait for it.
+                for other in list(requests):
+                    self._io.cancel(other)
             self._lock.notify_all()
 
     # ---- loading ahead
@@ -536,35 +614,30 @@ class OffloadManager:
             Loads begun.
         """
         local = np.asarray(experts, np.int64)
-        wanted = local + self._base[layer]
-        chance = np.ones(len(wanted)) if probabilities is None else np.asarray(probabilities, np.float64)
+        chance = np.ones(len(local)) if probabilities is None else np.asarray(probabilities, np.float64)
+        first = np.sort(np.unique(local, return_index=True)[1])
+        wanted, chance = local[first] + self._base[layer], chance[first]
         with self._lock:
             self._check_open()
+            if self._tight:
+                return 0
             limit -= int(((self._state == _LOADING) & (self._pins == 0)).sum())
             absent = np.flatnonzero((self._state[wanted] == _ABSENT) | (self._state[wanted] == _SPARE))[: max(limit, 0)]
             if not absent.size:
                 return 0
+            chosen = wanted[absent]
             self._pins[wanted] += 1  # none of the named makes room for another
             try:
-                slot = self._slot_bytes[layer]
-                room = min(self._budget - self._used, self._limit(layer) - self._layer_bytes[layer]) // slot
-                room += int((self._state == _SPARE).sum())
-                if len(absent) > room:
-                    victims = self._evictable(layer)[: len(absent) - room]
-                    likelier = self._policy.use_probability(victims) >= chance[absent[room : room + len(victims)]]
-                    if self._tokens > 1:  # layers still to come need all of theirs within this step
-                        likelier |= ~self._finished_in_step[self._layer_index[victims]]
-                    allowed = room + (int(np.argmax(likelier)) if likelier.any() else len(victims))
-                    self._stats.prefetches_declined += len(absent) - allowed
-                    absent = absent[:allowed]
-                chosen = wanted[absent]
-                self._load_what_fits(layer, chosen, PREFETCH)
-                begun = chosen[self._state[chosen] == _LOADING]
-                self._ahead[begun] = True
-                self._stats.prefetches += len(begun)
-                return len(begun)
+                self._load_what_fits(layer, chosen, PREFETCH, chance[absent])
+            except ExpertLoadError as error:  # whoever really needs the expert will raise it
+                logger.warning("Loading ahead for layer %d ended early: %s", layer, error)
             finally:
                 self._pins[wanted] -= 1
+            begun = chosen[(self._state[chosen] == _LOADING) | (self._state[chosen] == _RESIDENT)]
+            self._ahead[begun] = True
+            self._stats.prefetches += len(begun)
+            self._stats.prefetches_declined += len(chosen) - len(begun)
+            return len(begun)
 
     # ---- budget, life cycle, numbers
 
@@ -587,6 +660,17 @@ class OffloadManager:
                 f"Give at least {self._smallest[layer]} bytes.",
             )
 
+    def _check_quotas(self) -> None:
+        for layer, quota in self._quotas.items():
+            if layer not in self._smallest:
+                raise BudgetError(f"There is a quota for layer {layer}, which has no experts.", "Remove the quota.")
+            if quota < self._smallest[layer]:
+                raise BudgetError(
+                    f"A quota of {format_bytes(quota)} cannot hold the experts one token needs in layer {layer} "
+                    f"({format_bytes(self._smallest[layer])}).",
+                    f"Give at least {self._smallest[layer]} bytes.",
+                )
+
     def resize(self, budget: int) -> None:
         """Change the budget while the engine runs; returns when the pool holds no more than that.
 
@@ -599,20 +683,29 @@ class OffloadManager:
         with self._admission, self._lock:
             self._check_open()
             self._budget = budget
-            while self._used > self._budget:
-                spare = np.flatnonzero((self._state == _SPARE) & (self._pins == 0)).tolist()
-                for expert in spare or self._evictable(None).tolist():
-                    if self._used <= self._budget:
-                        break
-                    if self._state[expert] == _RESIDENT:
-                        self._stats.evictions += 1
-                    self._ahead[expert] = False
-                    self._drop(expert)
-                if self._used > self._budget and not (self._state == _SPARE).any():
-                    self._cancel(np.flatnonzero((self._state == _LOADING) & (self._pins == 0)))
-                    if self._used > self._budget:
-                        self._lock.wait(1.0)
-                        self._check_open()
+            try:
+                while self._used > self._budget:
+                    self._tight = True
+                    self._shrink()
+            finally:
+                self._tight = False
+
+    def _shrink(self) -> None:
+        """Give back what is free to go; wait when there is nothing."""
+        spare = np.flatnonzero((self._state == _SPARE) & (self._pins == 0)).tolist()
+        victims = spare or self._evictable(None).tolist()
+        for expert in victims:
+            if self._used <= self._budget:
+                return
+            self._stats.evictions += int(self._state[expert] == _RESIDENT)
+            self._drop(expert)
+        if victims:
+            return
+        self._cancel(np.flatnonzero((self._state == _LOADING) & (self._pins == 0)))
+        # Reads that were only queued have ended already: nobody would wake us for them.
+        if not ((self._state == _SPARE) & (self._pins == 0)).any():
+            self._lock.wait()
+            self._check_open()
 
     def stats(self) -> Stats:
         """Return a snapshot of all counters."""
@@ -628,7 +721,8 @@ class OffloadManager:
         """Which experts of a layer are resident, shape ``(experts,)``."""
         base = self._base[layer]
         with self._lock:
-            return self._state[base : base + self._experts[layer]] == _RESIDENT
+            resident: NDArray[np.bool_] = self._state[base : base + self._experts[layer]] == _RESIDENT
+        return resident
 
     def close(self) -> None:
         """Stop I/O and release all memory. Waiters are woken with an error. Closing twice does nothing."""

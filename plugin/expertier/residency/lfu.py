@@ -52,4 +52,5 @@ class LFU:
     def use_probability(self, experts: IntArray) -> FloatArray:
         # An expert used with chance p per token settles at a decayed count of p / (1 - 2**(-1/half_life)).
         scale = self._steady * 2.0**-self._now
-        return np.minimum(self._count[experts] * scale, 1.0)
+        result: FloatArray = np.minimum(self._count[experts] * scale, 1.0)
+        return result
