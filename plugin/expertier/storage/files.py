@@ -42,10 +42,12 @@ class StorageFile:
                 f"Cannot open {path}: {error.strerror}.", "Check the path and its permissions."
             ) from error
         self.size = os.fstat(self._buffered_fd).st_size
+        self._open_fds = [self._buffered_fd]
         self._direct_fd = -1
         if mode != "buffered":
             try:
                 self._direct_fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+                self._open_fds.append(self._direct_fd)
             except OSError as error:
                 if mode == "direct":
                     self.close()
@@ -96,27 +98,21 @@ class StorageFile:
             done += count
 
     def _pread(self, view: memoryview, offset: int) -> int:
-        if self._direct_fd >= 0:
-            # A short direct read can end off alignment; only the buffered descriptor can continue from there.
-            if offset % PAGE == 0:
-                try:
-                    return os.preadv(self._direct_fd, [view], offset)
-                except OSError as error:
-                    if error.errno != errno.EINVAL or not self._may_fall_back:
-                        raise
-                    self._direct_fd = -1  # the old descriptor stays open: another thread may be inside a read
-            else:
-                return os.preadv(self._buffered_fd, [view], offset)
+        direct = self._direct_fd  # once: another thread may fall back meanwhile
+        # A short direct read can end off alignment; only the buffered descriptor can continue from there.
+        if direct >= 0 and offset % PAGE == 0:
+            try:
+                return os.preadv(direct, [view], offset)
+            except OSError as error:
+                if error.errno != errno.EINVAL or not self._may_fall_back:
+                    raise
+                self._direct_fd = -1  # the descriptor stays open: another thread may be inside a read
         count = os.preadv(self._buffered_fd, [view], offset)
         os.posix_fadvise(self._buffered_fd, offset, count, os.POSIX_FADV_DONTNEED)
         return count
 
-    def drop_cache(self) -> None:
-        """Drop what the page cache holds of the file."""
-        os.posix_fadvise(self._buffered_fd, 0, 0, os.POSIX_FADV_DONTNEED)
-
     def close(self) -> None:
         """Close the descriptors; later reads raise."""
-        for fd in {self._buffered_fd, self._direct_fd} - {-1}:
-            os.close(fd)
         self._buffered_fd = self._direct_fd = -1
+        while self._open_fds:
+            os.close(self._open_fds.pop())
