@@ -111,6 +111,10 @@ class StorageFile:
         os.posix_fadvise(self._buffered_fd, offset, count, os.POSIX_FADV_DONTNEED)
         return count
 
+    def drop_cache(self) -> None:
+        """Drop what the page cache holds of the file."""
+        os.posix_fadvise(self._buffered_fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
     def close(self) -> None:
         """Close the descriptors; later reads raise."""
         self._buffered_fd = self._direct_fd = -1
