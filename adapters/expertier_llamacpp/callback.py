@@ -8,7 +8,9 @@ with True ends a chunk: the chunk is computed and the callback is called again w
   overlap.
 
 When a multiplication by managed experts is asked about, its part is waited for: this is also the net that keeps any
-architecture from computing on an absent expert, because experts nobody announced are then loaded on the spot.
+architecture from computing on an absent expert, because experts nobody announced are then loaded on the spot. A node
+that was asked about is computed whatever the answer is, so when its experts cannot be had it is turned into a no-op for
+the rest of the call.
 """
 
 from __future__ import annotations
@@ -21,10 +23,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from expertier.errors import ExpertLoadError
 from expertier.manager import Lease, OffloadManager
 from expertier_llamacpp import ggml
 from expertier_llamacpp.ggml import MEMORY, NAME_OFFSET, OP_OFFSET, SRC_OFFSET, WORDS
-from expertier_llamacpp.slots import WindowPool
+from expertier_llamacpp.signals import HeldSignals
 
 if TYPE_CHECKING:
     from expertier_llamacpp.prefetch import Prefetcher
@@ -40,8 +43,6 @@ class EvalHook:
     ----------
     manager : OffloadManager
         Loads and pins experts.
-    pool : WindowPool
-        Their memory.
     tensors : mapping of int to (str, int)
         Address of every managed expert tensor to its name and stage.
     experts : mapping of int to int
@@ -59,13 +60,11 @@ class EvalHook:
         self,
         *,
         manager: OffloadManager,
-        pool: WindowPool,
         tensors: Mapping[int, tuple[str, int]],
         experts: Mapping[int, int],
         prefetcher: Prefetcher | None = None,
     ) -> None:
         self._manager = manager
-        self._pool = pool
         self._experts = dict(experts)
         self._managed: dict[int, tuple[int, int]] = {}
         self._last_stage: dict[int, int] = {}
@@ -77,6 +76,11 @@ class EvalHook:
             self._last_stage[layer] = max(self._last_stage.get(layer, 0), stage)
         self._prefetcher = prefetcher
         self._mul_mat_id = ggml.op_number("MUL_MAT_ID")
+        self._no_op = ggml.op_number("NONE")
+        self._disarmed: list[int] = []
+        self._signals = HeldSignals()
+        self._stopped_at = 0  # node that was answered with True and whose result has not been announced yet
+        self._owed_layer = -1  # layer whose routes are known and whose last multiplication was not asked about yet
         # Nodes that may carry the chosen ids: a view of the sorted ids, or whatever a model computes them with.
         self._other_topk_ops = frozenset(ggml.op_number(name) for name in ("VIEW", "TOP_K", "GET_ROWS", "CPY", "CONT"))
         self._lease: Lease | None = None
@@ -93,19 +97,28 @@ class EvalHook:
         """Prepare for a llama.cpp call that runs the graph."""
         self.error = None
         self.compute_node = 0
-        self._previous_layer = -1
+        self._previous_layer = self._owed_layer = -1
+        self._stopped_at = 0
+        self._signals.hold()
 
     def finish(self) -> None:
         """End the call: unpin, and raise what went wrong inside it."""
+        if self.error is None and (self._stopped_at or self._owed_layer >= 0):
+            self.error = _lost_callback()
+        for node in self._disarmed:  # llama.cpp may use the same graph again
+            MEMORY[node + OP_OFFSET] = self._mul_mat_id
+        self._disarmed.clear()
         self._release()
         self._topk_node = 0
         if self._step_open:
             self._step_open = False
             self._manager.end_step()
         error, self.error = self.error, None
-        if error is not None:
-            self._pool.conceal()
-            raise error
+        try:
+            if error is not None:
+                raise error
+        finally:
+            self._signals.release()
 
     def _release(self) -> None:
         if self._lease is not None:
@@ -117,12 +130,19 @@ class EvalHook:
     def _on_eval(self, node: int, ask: bool, _data: int | None) -> bool:
         try:
             op = MEMORY[node + OP_OFFSET]
-            if op == self._mul_mat_id:
-                return self._before_experts(node) if ask else self.error is None
             if ask:
-                if op not in self._other_topk_ops:
+                if op == self._mul_mat_id:
+                    stop = self._before_experts(node)
+                elif op in self._other_topk_ops:
+                    stop = ctypes.string_at(node + NAME_OFFSET, len(_TOPK)) == _TOPK
+                else:
                     return self.error is not None
-                return ctypes.string_at(node + NAME_OFFSET, len(_TOPK)) == _TOPK
+                if stop:
+                    self._stopped_at = node
+                return stop
+            self._stopped_at = 0
+            if self._signals.interrupted and self.error is None:
+                self.error = KeyboardInterrupt()
             if self.error is None and op in self._other_topk_ops:
                 self._after_topk(node)
             return self.error is None
@@ -139,6 +159,8 @@ class EvalHook:
         self._release()
         if not routes.size:
             return  # the last layer of a batch that wants no output
+        if self._owed_layer >= 0:
+            raise _lost_callback()
         if layer <= self._previous_layer or not self._step_open:
             if self._step_open:
                 self._manager.end_step()
@@ -148,34 +170,45 @@ class EvalHook:
         self._topk_node = self.compute_node = node
         self._manager.observe(layer, routes)
         self._lease = self._manager.acquire(layer, routes, wait=False)
+        self._owed_layer = layer
         if self._prefetcher is not None:
             self._prefetcher.after_router(layer, routes, node)
 
     def _before_experts(self, node: int) -> bool:
         word = (node + SRC_OFFSET) >> 3
         managed = self._managed.get(WORDS[word])
-        if managed is None or self.error is not None:
+        if managed is None:
             return self.error is not None
-        layer, stage = managed
-        lease = self._lease
-        if lease is None or lease.layer != layer or WORDS[word + 2] != self._topk_node:
-            lease = self._whole_layer(layer)
         try:
+            if self.error is not None:
+                raise self.error
+            layer, stage = managed
+            lease = self._lease
+            if lease is None or lease.layer != layer or WORDS[word + 2] != self._topk_node:
+                lease = self._whole_layer(layer)
             lease.wait(stage)
         except BaseException:
-            self._pool.expose(layer, self._experts[layer])
+            MEMORY[node + OP_OFFSET] = self._no_op
+            self._disarmed.append(node)
             raise
-        return stage < self._last_stage[layer] and not lease.ready(self._last_stage[layer])
+        if stage < self._last_stage[layer]:
+            return not lease.ready(self._last_stage[layer])
+        self._owed_layer = -1
+        return False
 
     def _whole_layer(self, layer: int) -> Lease:
         """Load all experts of a layer whose routes were not seen, or are not the ids this node uses."""
         self._release()
-        try:
-            self._lease = self._manager.acquire(layer, np.arange(self._experts[layer]), wait=False)
-        except BaseException:
-            self._pool.expose(layer, self._experts[layer])
-            raise
+        self._lease = self._manager.acquire(layer, np.arange(self._experts[layer]), wait=False)
         return self._lease
+
+
+def _lost_callback() -> ExpertLoadError:
+    return ExpertLoadError(
+        "Something interrupted Expertier inside llama.cpp before it could note what (a signal handler that raises, or "
+        "the recursion limit); the step's output was thrown away.",
+        "Run the step again.",
+    )
 
 
 def _read_ids(node: int) -> NDArray[np.int64]:

@@ -128,7 +128,7 @@ class Llama(llama_cpp.Llama):
                 gate=GainGate(options.lookahead),
             )
             self._hook = EvalHook(
-                manager=manager, pool=pool, tensors=tensors, experts=experts, prefetcher=prefetcher
+                manager=manager, tensors=tensors, experts=experts, prefetcher=prefetcher
             )
             return self._hook.callback
 

@@ -1,0 +1,70 @@
+"""Signal handlers wait while llama.cpp calls into Python.
+
+Python runs a handler at the next function entry, and llama.cpp's next function entry is one of our callbacks. What a
+handler raises there (``KeyboardInterrupt``) never reaches the callback's own code: ctypes prints it and hands llama.cpp
+a made-up answer. So handlers that may raise are put off until the C call has returned.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+from typing import Any, Final
+
+_NUMBERS: Final = (signal.SIGINT, signal.SIGTERM)
+
+
+class HeldSignals:
+    """Holds signals back between :meth:`hold` and :meth:`release`, and delivers them then.
+
+    Attributes
+    ----------
+    interrupted : bool
+        Whether one has arrived whose handler will raise ``KeyboardInterrupt``: what is being done can be abandoned.
+
+    Notes
+    -----
+    A signal that comes a second time is delivered at once, so that a hanging disk cannot make a program unstoppable.
+    """
+
+    def __init__(self) -> None:
+        self._handlers: dict[int, Any] = {}
+        self._arrived: list[int] = []
+        self.interrupted = False
+
+    def hold(self) -> None:
+        """Begin to hold signals back. Does nothing outside the main thread, where Python runs no handlers."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in _NUMBERS:
+            handler = signal.getsignal(number)
+            if callable(handler):
+                self._handlers[number] = handler
+                signal.signal(number, self._note)
+
+    def release(self) -> None:
+        """Put the handlers back and run those whose signal has arrived.
+
+        Raises
+        ------
+        BaseException
+            Whatever they raise, usually ``KeyboardInterrupt``.
+        """
+        if not self._handlers:
+            return
+        handlers, self._handlers = self._handlers, {}
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        arrived, self._arrived = self._arrived, []
+        self.interrupted = False
+        for number in arrived:
+            handlers[number](number, None)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        handler = self._handlers[number]
+        if number in self._arrived:
+            handler(number, frame)
+        else:
+            self._arrived.append(number)
+            self.interrupted |= handler is signal.default_int_handler
