@@ -8,7 +8,7 @@ of an expert that leaves moves under the window of the one that comes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,6 +74,8 @@ class WindowPool:
         Layers with routed experts.
     files : mapping of Path to StorageFile
         Open files by path.
+    check_for : callable, optional
+        Called with tensor name and expert when a read is planned; returns what has to look at the bytes, if anything.
 
     Notes
     -----
@@ -82,7 +84,13 @@ class WindowPool:
     are congruent; in practice quantised expert sizes are page multiples and a layer has one window per expert.
     """
 
-    def __init__(self, layers: Sequence[LayerExperts], files: Mapping[Path, StorageFile]) -> None:
+    def __init__(
+        self,
+        layers: Sequence[LayerExperts],
+        files: Mapping[Path, StorageFile],
+        check_for: Callable[[str, int], Callable[[memoryview], None] | None] | None = None,
+    ) -> None:
+        self._check_for = check_for
         self._windows: dict[int, list[_Window]] = {}
         self._regions: list[tuple[int, int]] = []
         self._backed: set[tuple[int, int]] = set()
@@ -159,6 +167,7 @@ class WindowPool:
                         offset=source - lead,
                         view=memory.view(target - lead, length),
                         needed=lead + size,
+                        check=self._check_for(placed.part.name, expert) if self._check_for else None,
                     )
                 )
         return reads

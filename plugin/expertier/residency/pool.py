@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,6 +25,8 @@ class PlannedRead:
         Destination.
     needed : int
         Bytes that must arrive (the rest of `view` is alignment padding).
+    check : callable, optional
+        Looks at the bytes that arrived, in an I/O thread, and raises when they are wrong.
     """
 
     stage: int
@@ -32,6 +34,7 @@ class PlannedRead:
     offset: int
     view: memoryview
     needed: int
+    check: Callable[[memoryview], None] | None = None
 
 
 class ExpertPool(Protocol):
@@ -56,10 +59,14 @@ class ExpertPool(Protocol):
         recycled : tuple of (int, int), optional
             An expert that leaves, whose memory of the same size may be taken over. It can be the coming expert
             itself when an earlier load of it was given up.
+
+        Notes
+        -----
+        No reads mean that the expert is complete on return. After an exception both experts are dropped.
         """
 
     def drop(self, layer: int, expert: int) -> None:
-        """Give the memory of an expert back to the system."""
+        """Give the memory of an expert back to the system; harmless for one that holds none."""
 
     def close(self) -> None:
         """Release everything."""

@@ -34,6 +34,9 @@ class ReadRequest:
         Handed back to the completion callback.
     priority : int
         :data:`DEMAND` or :data:`PREFETCH`.
+    check : callable, optional
+        Called with the bytes that were needed when all have arrived, in an I/O thread and without locks; what it
+        raises is the request's error.
     """
 
     file: StorageFile
@@ -42,6 +45,7 @@ class ReadRequest:
     needed: int
     tag: Any = None
     priority: int = DEMAND
+    check: Callable[[memoryview], None] | None = None
     _next: int = field(default=0, repr=False)
     _in_flight: int = field(default=0, repr=False)
     _cancelled: bool = field(default=False, repr=False)
@@ -87,7 +91,7 @@ class IoScheduler:
                 raise RuntimeError("the I/O scheduler is closed")
             for request in requests:
                 self._queues[request.priority].append(request)
-            self._wake.notify(len(requests))
+            self._wake.notify_all()  # also for a single request: threads share its chunks
 
     def promote(self, request: ReadRequest) -> None:
         """Turn a prefetch into a demand read; its remaining chunks overtake all prefetches."""
@@ -152,6 +156,11 @@ class IoScheduler:
                 finished = request._in_flight == 0 and (request._next == len(request.view) or request._cancelled)
                 cancelled = request._cancelled and request._next < len(request.view)
             if finished:
+                if request.check is not None and request._error is None and not request._cancelled:
+                    try:
+                        request.check(request.view[: request.needed])
+                    except BaseException as caught:
+                        request._error = caught
                 self._on_done(request, request._error, cancelled)
 
     def idle(self) -> bool:
