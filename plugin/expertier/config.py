@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -13,7 +14,7 @@ ENV_PREFIX = "EXPERTIER_"
 
 
 def _option(default: Any, help_text: str) -> Any:
-    return field(default=default, metadata={"help": help_text})
+    return field(default=default, metadata={"help": help_text})  # a number is always one above zero
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,14 +51,18 @@ class OffloadOptions:
         Raises
         ------
         UnsupportedOptionError
-            For an unknown name or a value outside an option's choices, from either source.
+            For an unknown name, a value outside an option's choices, or a number that is not above zero, from either
+            source; the message names the environment variable where the value came from one.
         """
         known = {option.name for option in fields(cls)}
         values: dict[str, Any] = {}
+        origins = {name: name for name in known}
         for name in known:
-            text = os.environ.get(ENV_PREFIX + name.upper())
+            variable = ENV_PREFIX + name.upper()
+            text = os.environ.get(variable)
             if text is not None:
                 values[name] = text
+                origins[name] = variable
         for name, value in (given or {}).items():
             if name not in known:
                 raise UnsupportedOptionError(
@@ -65,8 +70,9 @@ class OffloadOptions:
                 )
             if value is not None:
                 values[name] = value
+                origins[name] = name
         hints = get_type_hints(cls)
-        return cls(**{name: _convert(name, value, hints[name]) for name, value in values.items()})
+        return cls(**{name: _convert(origins[name], value, hints[name]) for name, value in values.items()})
 
 
 def _convert(name: str, value: Any, hint: Any) -> Any:
@@ -80,8 +86,17 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
     accepted = get_args(hint) or (hint,)
     for kind in (int, float):
         if kind in accepted and str not in accepted:
-            try:
-                return kind(value)
-            except (TypeError, ValueError) as error:
-                raise UnsupportedOptionError(f"{name}={value!r} is not a number.") from error
+            return _number(name, value, kind)
     return value
+
+
+def _number(name: str, value: Any, kind: type[int] | type[float]) -> int | float:
+    try:
+        number = kind(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UnsupportedOptionError(f"{name}={value!r} is not a number.") from error
+    if isinstance(value, bool) or (kind is int and isinstance(value, float) and number != value):
+        raise UnsupportedOptionError(f"{name}={value!r} is not a whole number.")
+    if not (math.isfinite(number) and number > 0):
+        raise UnsupportedOptionError(f"{name}={value!r} is not above zero.")
+    return number

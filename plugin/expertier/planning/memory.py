@@ -42,7 +42,7 @@ def memory_limits(root: Path = Path("/"), membership: str | None = None) -> list
     """
     memory = psutil.virtual_memory()
     limits = [MemoryLimit(source="machine", limit=memory.total, left=memory.available)]
-    text = membership if membership is not None else (root / "proc/self/cgroup").read_text()
+    text = membership if membership is not None else _membership(root)
     for line in text.splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "":
@@ -51,6 +51,13 @@ def memory_limits(root: Path = Path("/"), membership: str | None = None) -> list
         elif "memory" in controllers.split(","):
             limits += _groups(root / "sys/fs/cgroup/memory", path, _read_v1)
     return sorted(limits, key=lambda limit: limit.left)
+
+
+def _membership(root: Path) -> str:
+    try:
+        return (root / "proc/self/cgroup").read_text()
+    except FileNotFoundError:
+        return ""  # a kernel without control groups
 
 
 def memory_left() -> MemoryLimit:
