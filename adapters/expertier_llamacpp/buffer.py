@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 
 from expertier.errors import UnsupportedModelError
 from expertier_llamacpp import ggml, memory
@@ -18,7 +19,7 @@ _HIDDEN = b"\x01"  # first letter of an expert tensor's name while the model loa
 
 
 class ExpertBufferType:
-    """Receives the expert tensors while a model loads and points them at their windows.
+    """Receives expert tensors of one kind while a model loads and points them at their windows.
 
     Parameters
     ----------
@@ -41,6 +42,7 @@ class ExpertBufferType:
         self._name = ctypes.create_string_buffer(b"Expertier")
         self.tensors: dict[str, int] = {}
         self.error: Exception | None = None
+        self._bound = False
         self._repack_type = ggml.repack_buffer_type() if repacked else 0
         self._stock_init: ggml.InitTensor | None = None
         if repacked:
@@ -73,21 +75,23 @@ class ExpertBufferType:
             None,
             None,
         )
-        self.overrides = (ggml.BufferOverride * 2)(
-            ggml.BufferOverride(EXPERT_TENSORS, ctypes.addressof(self._type)), ggml.BufferOverride(None, None)
-        )
+        self.address = ctypes.addressof(self._type)
 
     def _alloc(self, _type: int, size: int) -> int | None:
+        if self._bound:  # an adapter (LoRA) for an expert tensor asks for the same kind of memory: it gets real memory
+            lib = ggml.base()
+            buffer: int | None = lib.ggml_backend_buft_alloc_buffer(lib.ggml_backend_cpu_buffer_type(), size)
+            return buffer
         try:
             address = memory.reserve(max(size, PAGE))
         except OSError as error:
             self.error = error
             return None
-        buffer = ggml.base().ggml_backend_buffer_init(
-            self._repack_type or ctypes.addressof(self._type), self._buffer_interface, None, size
+        own = ggml.base().ggml_backend_buffer_init(
+            self._repack_type or self.address, self._buffer_interface, None, size
         )
-        self._reserved[buffer] = (address, max(size, PAGE))
-        return int(buffer)
+        self._reserved[own] = (address, max(size, PAGE))
+        return int(own)
 
     def _free(self, buffer: int) -> None:
         memory.unmap(*self._reserved.pop(buffer))
@@ -125,6 +129,7 @@ class ExpertBufferType:
             raise UnsupportedModelError(
                 f"llama.cpp did not load the expert tensor {min(missing)}.", "Please report the model's architecture."
             )
+        self._bound = True
         bound = {}
         for name, address in self.tensors.items():
             tensor, placement = ggml.Tensor.from_address(address), self._placements[name]
@@ -133,3 +138,67 @@ class ExpertBufferType:
             tensor.nb[2] = placement.stride
             bound[address] = (name, placement.stage)
         return bound
+
+
+class ExpertBuffers:
+    """The buffer types of a model whose experts may be partly repacked.
+
+    Which kernels multiply with a tensor, llama.cpp sees by its buffer. So repacked and plain parts need one each, and
+    llama.cpp is told by tensor name which goes where.
+
+    Parameters
+    ----------
+    placements : mapping of str to PartPlacement
+        Where each expert tensor lives, by tensor name.
+    repacked : collection of str
+        Names of the tensors whose windows hold llama.cpp's repacked layout.
+
+    Attributes
+    ----------
+    overrides : ctypes array
+        For ``llama_model_params.tensor_buft_overrides``.
+    """
+
+    def __init__(self, placements: Mapping[str, PartPlacement], repacked: Collection[str]) -> None:
+        self._types: list[ExpertBufferType] = []
+        overrides = []
+        for packed in (True, False):
+            mine = {name: placement for name, placement in placements.items() if (name in repacked) == packed}
+            if mine or not packed:  # the plain one also meets what the catalog does not know
+                kind = ExpertBufferType(mine, repacked=packed)
+                self._types.append(kind)
+                pattern = _pattern(mine) if packed else EXPERT_TENSORS
+                overrides.append(ggml.BufferOverride(pattern, kind.address))
+        overrides.append(ggml.BufferOverride(None, None))
+        self.overrides = (ggml.BufferOverride * len(overrides))(*overrides)
+
+    @property
+    def error(self) -> Exception | None:
+        """What went wrong while llama.cpp loaded the model."""
+        return next((kind.error for kind in self._types if kind.error is not None), None)
+
+    def bind(self) -> dict[int, tuple[str, int]]:
+        """Finish loading; see :meth:`ExpertBufferType.bind`."""
+        bound = {}
+        for kind in self._types:
+            bound.update(kind.bind())
+        return bound
+
+
+def _pattern(names: Collection[str]) -> bytes:
+    """Build a regular expression that matches exactly these expert tensors.
+
+    llama.cpp compiles it anew for every tensor of the model: layers that have the same parts share a branch.
+    """
+    parts: dict[str, set[str]] = {}
+    for name in names:
+        _, layer, rest = name.split(".", 2)
+        parts.setdefault(layer, set()).add(rest)
+    layers: dict[tuple[str, ...], list[str]] = {}
+    for layer, found in parts.items():
+        layers.setdefault(tuple(sorted(found)), []).append(layer)
+    branches = (
+        rf"blk\.({'|'.join(numbers)})\.({'|'.join(re.escape(rest) for rest in found)})"
+        for found, numbers in layers.items()
+    )
+    return f"^({'|'.join(branches)})$".encode()

@@ -137,6 +137,7 @@ def base() -> ctypes.CDLL:
     lib.ggml_backend_buffer_init.argtypes = [c_void_p, BufferInterface, c_void_p, c_size_t]
     lib.ggml_backend_buft_alloc_buffer.restype = c_void_p
     lib.ggml_backend_buft_alloc_buffer.argtypes = [c_void_p, c_size_t]
+    lib.ggml_backend_cpu_buffer_type.restype = c_void_p
     lib.ggml_backend_buffer_free.restype = None
     lib.ggml_backend_buffer_free.argtypes = [c_void_p]
     lib.ggml_backend_buffer_get_base.restype = c_void_p

@@ -21,11 +21,12 @@ from expertier.manager import ManagerConfig, OffloadManager
 from expertier.planning.memory import memory_left, process_memory
 from expertier.routing import GainGate, Lookahead
 from expertier_llamacpp import ggml
-from expertier_llamacpp.buffer import ExpertBufferType
+from expertier_llamacpp.buffer import ExpertBuffers
 from expertier_llamacpp.callback import EvalHook
 from expertier_llamacpp.governor import BudgetGovernor, StepMemory
 from expertier_llamacpp.loading import ModelLoader, open_files
 from expertier_llamacpp.prefetch import Prefetcher
+from expertier_llamacpp.sidecar import choose_kernels
 from expertier_llamacpp.slots import WindowPool
 
 logger = logging.getLogger("expertier")
@@ -97,9 +98,10 @@ class Llama(llama_cpp.Llama):
         self, model_path: str, kwargs: dict[str, Any], options: OffloadOptions, layouts: Any, asked: int | None
     ) -> None:
         catalog = self.catalog
-        files = open_files(catalog.files, options.io_mode)
+        self._kernels = kernels = choose_kernels(catalog, layouts, options)
+        files = open_files((*catalog.files, *kernels.files), options.io_mode)
         self._closing.extend(file.close for file in files.values())
-        pool = WindowPool(catalog.layers, files)
+        pool = WindowPool(kernels.layers, files, kernels.check_for)
         smallest = max(layer.top_k * pool.slot_bytes(layer.layer) for layer in catalog.layers)
         try:
             manager = OffloadManager(
@@ -116,7 +118,7 @@ class Llama(llama_cpp.Llama):
             raise
         self._closing.insert(0, manager.close)
         self.offload = manager
-        buffers = ExpertBufferType(pool.placements, repacked=False)
+        buffers = ExpertBuffers(pool.placements, kernels.repacked)
         self._buffers = buffers  # llama.cpp calls into it until the model is freed
 
         def on_loaded(tensors: dict[int, tuple[str, int]]) -> Any:
@@ -133,7 +135,11 @@ class Llama(llama_cpp.Llama):
             return self._hook.callback
 
         loader = ModelLoader(
-            path=catalog.path, files=files.values(), buffers=buffers, extra_buffer_types=False, on_loaded=on_loaded
+            path=catalog.path,
+            files=files.values(),
+            buffers=buffers,
+            extra_buffer_types=kernels.extra_buffer_types,
+            on_loaded=on_loaded,
         )
         before = process_memory()
         try:
@@ -185,7 +191,7 @@ class Llama(llama_cpp.Llama):
             f"expertier: {self.catalog.architecture}, {stats.total_experts} experts of "
             f"{format_bytes(self.catalog.largest_expert_bytes)}, budget {format_bytes(stats.budget_bytes)} of "
             f"{format_bytes(stats.total_bytes)} ({100 * stats.budget_bytes / stats.total_bytes:.0f} %), "
-            f"policy {self.offload.config.policy}, lossless"
+            f"policy {self.offload.config.policy}, {self._kernels.words}, lossless"
         )
 
     def __getstate__(self) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from llama_cpp import llama_cpp as C  # noqa: N812 - the name llama-cpp-python i
 
 from expertier.errors import ModelFormatError
 from expertier.storage import IoMode, StorageFile
-from expertier_llamacpp.buffer import ExpertBufferType
+from expertier_llamacpp.buffer import ExpertBuffers
+from expertier_llamacpp.signals import HeldSignals
 
 _patching = threading.Lock()
 
@@ -28,7 +29,7 @@ class ModelLoader:
         The model, for messages.
     files : collection of StorageFile
         Its open files.
-    buffers : ExpertBufferType
+    buffers : ExpertBuffers
         Where the expert tensors go.
     extra_buffer_types : bool
         llama.cpp's ``use_extra_bufts``: whether other weights may be repacked for the CPU, as stock does by default.
@@ -42,7 +43,7 @@ class ModelLoader:
         *,
         path: Path,
         files: Collection[StorageFile],
-        buffers: ExpertBufferType,
+        buffers: ExpertBuffers,
         extra_buffer_types: bool,
         on_loaded: Callable[[dict[int, tuple[str, int]]], Any],
     ) -> None:
@@ -52,6 +53,8 @@ class ModelLoader:
         self._extra_buffer_types = extra_buffer_types
         self._on_loaded = on_loaded
         self._callback: Any = None
+        self._signals = HeldSignals()
+        self._progress = C.llama_progress_callback(lambda _done, _data: not self._signals.interrupted)
         self.error: BaseException | None = None
 
     @contextlib.contextmanager
@@ -74,10 +77,12 @@ class ModelLoader:
         with _patching:
             stock_load, stock_init = C.llama_model_load_from_file, C.llama_init_from_model
             C.llama_model_load_from_file, C.llama_init_from_model = load, init
+            self._signals.hold()
             try:
                 yield
             finally:
                 C.llama_model_load_from_file, C.llama_init_from_model = stock_load, stock_init
+                self._signals.release()
 
     def _load(self, path: bytes, params: Any, stock_load: Callable[[bytes, Any], Any]) -> Any:
         try:
@@ -93,6 +98,7 @@ class ModelLoader:
         params.load_mode = C.LLAMA_LOAD_MODE_MLOCK if lock_memory else C.LLAMA_LOAD_MODE_NONE
         params.use_extra_bufts = self._extra_buffer_types
         params.tensor_buft_overrides = ctypes.cast(self._buffers.overrides, c_void_p)
+        params.progress_callback = self._progress  # gives up between two tensors when the user has
         model = stock_load(path, params)
         for file in self._files:
             file.drop_cache()
