@@ -1,0 +1,175 @@
+"""llama.cpp as the command line sees it. Importing this module imports no engine."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from expertier.catalog.gguf import read_layout
+from expertier.catalog.types import Catalog
+from expertier.cli.engines import EngineSettings, Finding, Session, StockVariant
+from expertier.config import OffloadOptions
+from expertier.errors import ExpertierError, UnsupportedEngineError, UnsupportedOptionError
+from expertier.telemetry import Stats
+
+if TYPE_CHECKING:
+    from expertier_llamacpp.llama import Llama
+
+DISTRIBUTION = "llama-cpp-python"
+
+# Upstream: ggml_repack_get_optimal_repack_type (ggml/src/ggml-cpu/repack.cpp). On a given CPU some of them are not
+# repacked after all; then both kinds of kernels are the same and a comparison runs one arm more than it had to.
+_REPACKABLE = frozenset({"Q1_0", "Q2_K", "Q4_0", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "IQ4_NL", "MXFP4"})
+
+
+def can_repack(model: Path) -> bool:
+    """Whether stock llama.cpp may hold any weight of the model in a repacked form."""
+    return any(
+        tensor.type_name in _REPACKABLE and len(tensor.shape) > 1
+        for layout in read_layout(model)
+        for tensor in layout.tensors
+    )
+
+
+class LlamaCppSession:
+    """A loaded :class:`expertier_llamacpp.Llama`."""
+
+    def __init__(self, llama: Llama) -> None:
+        self._llama = llama
+
+    def mode_line(self) -> str:
+        return self._llama.mode_line()
+
+    def generate(
+        self, prompt: str, *, chat: bool, max_tokens: int, temperature: float, seed: int | None
+    ) -> Iterator[str]:
+        options: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "stream": True}
+        if chat and "tokenizer.chat_template" not in self._llama.metadata:
+            raise UnsupportedOptionError(
+                "This model has no chat template.", "Leave out --chat, or use a model tuned for chat."
+            )
+        used = len(self._llama.tokenize(prompt.encode(), special=chat))
+        if used >= self._llama.n_ctx():
+            raise UnsupportedOptionError(
+                f"The prompt has {used} tokens, the context {self._llama.n_ctx()}.", "Raise --n-ctx."
+            )
+        if chat:
+            messages = [{"role": "user", "content": prompt}]
+            for chunk in self._llama.create_chat_completion(messages, **options):
+                yield chunk["choices"][0]["delta"].get("content") or ""
+        else:
+            for chunk in self._llama.create_completion(prompt, **options):
+                yield chunk["choices"][0]["text"]
+
+    def stats(self) -> Stats:
+        return self._llama.offload.stats()
+
+    def close(self) -> None:
+        self._llama.close()
+
+
+class LlamaCppAdapter:
+    """Fulfils :class:`expertier.cli.engines.Adapter`."""
+
+    name = "llamacpp"
+    engine = "llama.cpp"
+
+    def versions(self) -> dict[str, str]:
+        try:
+            return {DISTRIBUTION: importlib.metadata.version(DISTRIBUTION)}
+        except importlib.metadata.PackageNotFoundError:
+            return {}
+
+    def findings(self, catalog: Catalog | None) -> Sequence[Finding]:
+        try:
+            from expertier_llamacpp import ggml, memory
+
+            ggml.self_check()
+        except ExpertierError as error:
+            return [Finding(topic=self.engine, status="problem", text=error.problem, remedy=error.remedy)]
+        except (ImportError, OSError, RuntimeError) as error:
+            return [
+                Finding(
+                    topic=self.engine,
+                    status="problem",
+                    text=f"{DISTRIBUTION} cannot be imported: {error}.",
+                    remedy=f"Build it again: pip install --force-reinstall --no-cache-dir {DISTRIBUTION}.",
+                )
+            ]
+        found = [
+            Finding(topic=self.engine, status="ok", text="the structures of the library are those Expertier mirrors"),
+            _page_moves(memory),
+        ]
+        if catalog is not None and catalog.format != "gguf":
+            found.append(
+                Finding(
+                    topic=self.engine,
+                    status="problem",
+                    text=f"llama.cpp does not load {catalog.format} files.",
+                    remedy="Convert the model to GGUF.",
+                )
+            )
+        return found
+
+    def stock_variants(self, catalog: Catalog, *, limited: bool) -> Sequence[StockVariant]:
+        plain = StockVariant(key="stock", label="stock", settings={"repack": False})
+        if not can_repack(catalog.path):
+            return [StockVariant(key="stock", label="stock", settings={})]
+        if limited:
+            repacked = StockVariant(key="stock-repack", label="stock, repacked weights", settings={"repack": True})
+            return [plain, repacked]
+        return [
+            StockVariant(key="stock", label="stock", settings={"repack": True}),
+            StockVariant(key="stock-plain", label="stock, plain kernels", settings={"repack": False}),
+        ]
+
+    def worker_command(self) -> Sequence[str]:
+        return [sys.executable, "-m", "expertier_llamacpp.worker"]
+
+    def open(self, model: Path, options: OffloadOptions, settings: EngineSettings) -> Session:
+        try:
+            from expertier_llamacpp.llama import Llama
+        except (ImportError, OSError, RuntimeError) as error:
+            raise UnsupportedEngineError(
+                f"{DISTRIBUTION} cannot be imported: {error}.", "See what `expertier doctor` says."
+            ) from error
+        own = {f"expert_{name}": value for name, value in asdict(options).items()}
+        return LlamaCppSession(
+            Llama(
+                str(model),
+                n_ctx=settings.n_ctx,
+                n_batch=max(512, settings.n_ubatch),
+                n_ubatch=settings.n_ubatch,
+                n_threads=settings.threads,
+                n_threads_batch=settings.threads,
+                verbose=False,
+                **own,
+            )
+        )
+
+
+def _page_moves(memory: Any) -> Finding:
+    """Try what moves an expert's memory from one window to another."""
+    size = memory.HUGE_PAGE
+    base = memory.reserve(2 * size)
+    try:
+        memory.back(base, size, huge=False)
+        memory.view(base, 1)[0] = 7
+        moved = memory.move(base, base + size, size) and memory.view(base + size, 1)[0] == 7
+    finally:
+        memory.unmap(base, 2 * size)
+    if moved:
+        return Finding(topic="memory moves", status="ok", text="mremap(MREMAP_DONTUNMAP) works: evictions cost no copy")
+    return Finding(
+        topic="memory moves",
+        status="warning",
+        text="mremap(MREMAP_DONTUNMAP) does not work here: every eviction gives pages back and faults new ones in.",
+        remedy="Use Linux 5.7 or newer.",
+    )
+
+
+ADAPTER = LlamaCppAdapter()

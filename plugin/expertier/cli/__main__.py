@@ -1,0 +1,5 @@
+"""``python -m expertier.cli``."""
+
+from expertier.cli import main
+
+main()

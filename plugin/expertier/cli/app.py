@@ -1,0 +1,182 @@
+"""All commands and their flags. Whatever a command needs is imported when it runs, so that ``--help`` is quick."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from expertier.cli.options import offload_flags, reported
+from expertier.config import OffloadOptions
+
+app = typer.Typer(
+    name="expertier",
+    help="Run mixture-of-experts models that are bigger than your memory, inside the engine you already use.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_show_locals=False,
+)
+
+Model = Annotated[Path, typer.Argument(metavar="MODEL", help="Model file (GGUF; of a split model the first file).")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text for people.")]
+Engine = Annotated[str, typer.Option("--engine", help="Engine, by the name of its adapter.")]
+Ubatch = Annotated[int, typer.Option("--n-ubatch", min=1, help="Tokens of a prompt that are computed in one step.")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Compute threads. \\[default: all cores]")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from expertier import __version__
+
+        print(f"expertier {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Run mixture-of-experts models that are bigger than your memory, inside the engine you already use."""
+
+
+@app.command()
+@reported
+def doctor(
+    model: Annotated[Path | None, typer.Argument(metavar="[MODEL]", help="Model to check with.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Look at engines, kernel, storage and memory limits, and say what would be refused and why."""
+    from expertier.cli.doctor import doctor as command
+
+    command(model, as_json=as_json)
+
+
+@app.command()
+@reported
+@offload_flags
+def plan(
+    model: Model,
+    options: OffloadOptions,
+    n_ubatch: Ubatch = 512,
+    no_disk: Annotated[bool, typer.Option("--no-disk", help="Do not measure the storage.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a budget means for a model on this machine, before anything runs."""
+    from expertier.cli.plan import plan as command
+
+    command(model, options, n_ubatch=n_ubatch, measure=not no_disk, as_json=as_json)
+
+
+@app.command()
+@reported
+@offload_flags
+def run(
+    model: Model,
+    options: OffloadOptions,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Text to continue. \\[default: stdin]")] = None,
+    prompt_file: Annotated[Path | None, typer.Option("--prompt-file", "-f", help="File with the text.")] = None,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", min=1, help="Most tokens to generate.")] = 256,
+    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 always takes the likeliest.")] = 0.8,
+    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Repeatable sampling. \\[default: random]")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Apply the model's chat template.")] = False,
+    engine: Engine = "llamacpp",
+    n_ctx: Annotated[int, typer.Option("--n-ctx", min=8, help="Context length in tokens.")] = 4096,
+    n_ubatch: Ubatch = 512,
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Generate text with a bounded set of experts in memory."""
+    from expertier.cli.engines import EngineSettings
+    from expertier.cli.run import run as command
+    from expertier.comparison.hardware import cores
+
+    settings = EngineSettings(n_ctx=n_ctx, n_ubatch=n_ubatch, threads=threads or cores())
+    command(
+        model,
+        options,
+        prompt=prompt,
+        prompt_file=prompt_file,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        seed=seed,
+        chat=chat,
+        engine=engine,
+        settings=settings,
+        as_json=as_json,
+    )
+
+
+@app.command()
+@reported
+@offload_flags
+def compare(
+    model: Model,
+    options: OffloadOptions,
+    engine: Engine = "llamacpp",
+    limit: Annotated[
+        list[str] | None,
+        typer.Option("--limit", help="Memory limit: percent of the model, an amount, or none. Repeat it for several."),
+    ] = None,
+    repeats: Annotated[int | None, typer.Option("--repeats", min=1, help="Repeats. \\[default: 5, quick: 2]")] = None,
+    tokens: Annotated[
+        int | None, typer.Option("--tokens", min=1, help="Tokens decoded per run. \\[default: 64, quick: 24]")
+    ] = None,
+    prompts: Annotated[
+        list[Path] | None,
+        typer.Option("--prompts", help="JSON list of texts (or of objects with domain and text), or text files."),
+    ] = None,
+    arms: Annotated[str | None, typer.Option("--arms", help="Only these arms, by key, separated by commas.")] = None,
+    variant: Annotated[
+        list[str] | None,
+        typer.Option("--variant", help="One more Expertier arm: NAME:option=value,option=value. May be repeated."),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Two repeats and few tokens: a first impression.")] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Directory for record and figure. \\[default: in the cache directory]")
+    ] = None,
+    n_ubatch: Ubatch = 512,
+    threads: Threads = None,
+    wait_policy: Annotated[str, typer.Option("--wait-policy", help="OMP_WAIT_POLICY of all arms.")] = "passive",
+    timeout: Annotated[float, typer.Option("--timeout", min=1, help="Longest run in seconds.")] = 900.0,
+    as_json: AsJson = False,
+) -> None:
+    """Measure the stock engine and Expertier side by side under the same memory limits."""
+    from expertier.cli.compare import CompareRequest
+    from expertier.cli.compare import compare as command
+    from expertier.comparison.hardware import cores
+
+    command(
+        CompareRequest(
+            model=model,
+            options=options,
+            engine=engine,
+            limits=tuple(limit or ("33%", "60%", "none")),
+            repeats=repeats or (2 if quick else 5),
+            tokens=tokens or (24 if quick else 64),
+            prompts=tuple(prompts or ()),
+            arms=tuple(part.strip() for part in arms.split(",") if part.strip()) if arms is not None else None,
+            variants=tuple(variant or ()),
+            out=out,
+            n_ubatch=n_ubatch,
+            threads=threads or cores(),
+            wait_policy=wait_policy,
+            timeout=timeout,
+            as_json=as_json,
+        )
+    )
+
+
+@app.command()
+@reported
+def report(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="What `expertier compare --out` wrote.")],
+    as_json: AsJson = False,
+) -> None:
+    """Draw the table and the figure of a comparison again from its record."""
+    from expertier.cli.compare import report as command
+
+    command(directory, as_json=as_json)

@@ -1,0 +1,278 @@
+"""``expertier compare`` and ``expertier report``."""
+
+from __future__ import annotations
+
+import datetime
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+from expertier import __version__
+from expertier.budget import format_bytes
+from expertier.catalog.gguf import read_gguf
+from expertier.catalog.types import Catalog
+from expertier.cli.engines import get_adapter
+from expertier.cli.options import print_json
+from expertier.comparison.arms import Ability, Limit, parse_limit, parse_variant, plan_arms
+from expertier.comparison.figure import draw
+from expertier.comparison.hardware import describe_hardware
+from expertier.comparison.limits import find_confinement
+from expertier.comparison.page_cache import Readahead, drop_method
+from expertier.comparison.prompts import load_texts
+from expertier.comparison.records import ArmRecord, Comparison, ModelRecord, Run, Settings, read_comparison
+from expertier.comparison.runner import Runner, Workload
+from expertier.comparison.summary import Summary, summarise
+from expertier.comparison.table import print_report
+from expertier.config import OffloadOptions
+from expertier.errors import ExpertierError
+from expertier.paths import cache_dir
+from expertier.planning.calibrate import DiskSpeed, measure_disk
+from expertier.planning.memory import memory_left
+
+RECORD = "comparison.json"
+FIGURE = "comparison.png"
+_SHORT_PROMPT, _LONG_PROMPT, _TEXTS = 32, 400, 4
+_CHARACTERS_PER_TOKEN = 8  # more than any text needs
+_CALIBRATION_BYTES = 128 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareRequest:
+    """What the user asked for; see the flags of the command."""
+
+    model: Path
+    options: OffloadOptions
+    engine: str
+    limits: tuple[str, ...]
+    repeats: int
+    tokens: int
+    prompts: tuple[Path, ...]
+    arms: tuple[str, ...] | None
+    variants: tuple[str, ...]
+    out: Path | None
+    n_ubatch: int
+    threads: int
+    wait_policy: str
+    timeout: float
+    as_json: bool
+
+
+def compare(request: CompareRequest) -> None:
+    """Run a comparison, write its record and figure, print its table."""
+    adapter = get_adapter(request.engine)
+    catalog = read_gguf(request.model)
+    limits = [parse_limit(text, catalog.file_bytes) for text in request.limits]
+    out = _prepare(request.out)
+    confinement, reasons = find_confinement()
+    readahead = Readahead(request.model)
+    ability = Ability(
+        confinement="" if confinement else "; ".join(f"{name}: {reason}" for name, reason in reasons.items()),
+        readahead=readahead.obstacle(),
+        readahead_kb=readahead.value(),
+        memory_left=memory_left().left,
+    )
+    arms = plan_arms(
+        adapter,
+        catalog,
+        list(dict.fromkeys(limits)),
+        asdict(request.options),
+        ability=ability,
+        variants=_variants(request.variants, request.options),
+        only=request.arms,
+    )
+    texts_wanted = min(_TEXTS, request.tokens)
+    per_text = -(-request.tokens // texts_wanted)
+    texts = load_texts(
+        request.prompts,
+        request.model,
+        decode=texts_wanted,
+        characters=_CHARACTERS_PER_TOKEN * max(_LONG_PROMPT, _SHORT_PROMPT + per_text),
+    )
+    comparison = Comparison(
+        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        command=("expertier", *sys.argv[1:]),
+        engine=adapter.engine,
+        versions={"expertier": __version__, "python": sys.version.split()[0], **adapter.versions()},
+        hardware=describe_hardware(request.model),
+        model=_describe_model(catalog),
+        settings=Settings(
+            repeats=request.repeats,
+            tokens=per_text * texts_wanted,
+            prompts=texts_wanted,
+            short_prompt=_SHORT_PROMPT,
+            long_prompt=_LONG_PROMPT,
+            texts=texts.source,
+            domains=tuple(text.domain for text in texts.decode),
+            budget=str(request.options.budget),
+            n_ubatch=request.n_ubatch,
+            threads=request.threads,
+            wait_policy=request.wait_policy,
+            cold_start=drop_method(),
+            confinement=confinement.name if confinement else "no memory limits",
+        ),
+        arms=arms,
+        notes=_notes(catalog, limits, ability),
+    )
+    workload = Workload(
+        model=request.model.absolute(),
+        files=catalog.files,
+        job={
+            "n_ubatch": request.n_ubatch,
+            "threads": request.threads,
+            "long_text": texts.long.text,
+            "texts": [text.text for text in texts.decode],
+            "long_prompt": _LONG_PROMPT,
+            "short_prompt": _SHORT_PROMPT,
+            "tokens": per_text,
+        },
+        wait_policy=request.wait_policy,
+        timeout=request.timeout,
+    )
+    runner = Runner(adapter, workload, confinement, readahead)
+    comparison = _run(runner, comparison, catalog, out)
+    _show(comparison, out, as_json=request.as_json)
+
+
+def _prepare(out: Path | None) -> Path:
+    if out is None:
+        out = cache_dir() / "comparisons" / datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / RECORD).with_suffix(".tmp").write_text("")
+    except OSError as error:
+        raise ExpertierError(
+            f"The directory {out} cannot be written to: {error.strerror}.", "Choose another --out."
+        ) from error
+    return out
+
+
+def _variants(texts: Sequence[str], options: OffloadOptions) -> dict[str, dict[str, object]]:
+    """Options of every variant, checked and converted now rather than in the middle of a comparison."""
+    parsed = {}
+    for text in texts:
+        name, changes = parse_variant(text)
+        chosen = asdict(OffloadOptions.from_mapping({**asdict(options), **changes}))
+        parsed[name] = {key: chosen[key] for key in changes}
+    return parsed
+
+
+def _describe_model(catalog: Catalog) -> ModelRecord:
+    return ModelRecord(
+        name=catalog.path.name,
+        fingerprint=catalog.fingerprint,
+        architecture=catalog.architecture,
+        file_bytes=catalog.file_bytes,
+        expert_bytes_total=catalog.total_expert_bytes,
+        other_bytes=catalog.other_bytes,
+        layers=len(catalog.layers),
+        experts=max(layer.experts for layer in catalog.layers),
+        top_k=max(layer.top_k for layer in catalog.layers),
+        largest_expert_bytes=catalog.largest_expert_bytes,
+        types=tuple(sorted({part.type_name for layer in catalog.layers for part in layer.parts})),
+    )
+
+
+def _notes(catalog: Catalog, limits: Sequence[Limit], ability: Ability) -> tuple[str, ...]:
+    notes = []
+    if all(limit.limit_bytes is not None for limit in limits):
+        notes.append("without --limit none stock's compute time is unknown, so no bound is given")
+    if catalog.file_bytes > ability.memory_left and any(limit.limit_bytes is None for limit in limits):
+        notes.append(f"the model does not fit into the {format_bytes(ability.memory_left)} of memory that are left")
+    return tuple(notes)
+
+
+def _run(runner: Runner, comparison: Comparison, catalog: Catalog, out: Path) -> Comparison:
+    """Run all arms; the record on disk is brought up to date after every run, so that an interrupt loses none."""
+    records = {(arm.limit, arm.key): arm for arm in comparison.arms}
+    speeds: list[DiskSpeed] = []
+
+    def current(*, complete: bool) -> Comparison:
+        return replace(comparison, arms=tuple(records.values()), disk=tuple(speeds), complete=complete)
+
+    with _progress(comparison) as (start, advance):
+
+        def on_repeat(_repeat: int) -> None:
+            start("measuring the storage")
+            speeds.append(
+                measure_disk(
+                    catalog.files,
+                    read_bytes=catalog.largest_expert_bytes,
+                    most_bytes=_CALIBRATION_BYTES,
+                    most_seconds=1.0,
+                )
+            )
+
+        def on_done(arm: ArmRecord, run: Run) -> None:
+            records[arm.limit, arm.key] = arm
+            current(complete=False).write(out / RECORD)
+            skipped = 0 if run.status == "ok" else comparison.settings.repeats - run.repeat - 1
+            advance(1 + skipped)
+
+        runner.run_all(
+            comparison.arms,
+            comparison.settings.repeats,
+            lambda arm, repeat: start(f"{arm.label}, limit {arm.limit}, repeat {repeat + 1}"),
+            on_done,
+            on_repeat,
+        )
+    finished = current(complete=True)
+    finished.write(out / RECORD)
+    return finished
+
+
+@contextmanager
+def _progress(comparison: Comparison) -> Iterator[tuple[Callable[[str], None], Callable[[int], None]]]:
+    """A bar over all runs on a terminal, one line per run elsewhere."""
+    runs = comparison.settings.repeats * sum(arm.status != "not run" for arm in comparison.arms)
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        done = 0
+
+        def start(text: str) -> None:
+            print(f"[{done}/{runs}] {text}", file=sys.stderr, flush=True)
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+
+        yield start, advance
+        return
+    columns = (
+        SpinnerColumn(),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("runs"),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=runs)
+        yield (
+            lambda text: progress.update(task, description=text),
+            lambda count: progress.advance(task, count),
+        )
+
+
+def report(directory: Path, *, as_json: bool) -> None:
+    """Print the table and draw the figure of a comparison from its record."""
+    _show(read_comparison(directory / RECORD), directory, as_json=as_json)
+
+
+def _show(comparison: Comparison, out: Path, *, as_json: bool) -> None:
+    summary: Summary = summarise(comparison)
+    drawn = any(arm.runs for arm in summary.arms)
+    if drawn:
+        draw(comparison, summary, out / FIGURE)
+    if as_json:
+        print_json({"comparison": asdict(comparison), "summary": asdict(summary), "out": str(out)})
+        return
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=150)
+    print_report(console, comparison, summary)
+    console.print(f"[dim]Record: {out / RECORD}" + (f"   Figure: {out / FIGURE}[/]" if drawn else "[/]"))

@@ -1,0 +1,193 @@
+"""Which arms a fair comparison has: the stock engine at its best under every limit, and Expertier."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from expertier.budget import format_bytes, parse_budget
+from expertier.catalog.types import Catalog
+from expertier.comparison.records import ArmRecord
+from expertier.errors import BudgetError, UnsupportedOptionError
+
+if TYPE_CHECKING:
+    from expertier.cli.engines import Adapter
+
+BEST_READAHEAD_KB = 128
+"""Stock's best setting for experts read by page faults, and the usual one of Linux."""
+
+_OURS = "expertier"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limit:
+    """A memory limit as written, and in bytes (``None`` = no limit)."""
+
+    text: str
+    limit_bytes: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ability:
+    """What this machine allows.
+
+    Attributes
+    ----------
+    confinement : str
+        Why no memory limit can be enforced, empty if one can.
+    readahead : str
+        Why the readahead cannot be changed, empty if it can.
+    readahead_kb : int or None
+        The readahead as found.
+    memory_left : int
+        Bytes a process may still use.
+    """
+
+    confinement: str
+    readahead: str
+    readahead_kb: int | None
+    memory_left: int
+
+
+def parse_limit(text: str, file_bytes: int) -> Limit:
+    """Read a limit: ``none``, a percentage of the model's files, or an amount of memory.
+
+    Raises
+    ------
+    BudgetError
+        It is none of these.
+    """
+    if text.strip().lower() == "none":
+        return Limit(text="none", limit_bytes=None)
+    try:
+        amount = parse_budget(text, file_bytes)
+    except BudgetError as error:
+        raise BudgetError(
+            error.problem.replace("budget", "limit"), "Write e.g. 33% (of the model), 4GiB or none."
+        ) from error
+    if amount is None:
+        raise BudgetError("A limit cannot be 'auto'.", "Write e.g. 33% (of the model), 4GiB or none.")
+    return Limit(text=text.strip(), limit_bytes=amount)
+
+
+def parse_variant(text: str) -> tuple[str, dict[str, str]]:
+    """Read ``NAME:option=value,option=value``.
+
+    Raises
+    ------
+    UnsupportedOptionError
+        It is written in another way.
+    """
+    name, colon, rest = text.partition(":")
+    pairs = [part.partition("=") for part in rest.split(",")]
+    if not (name.strip() and colon and all(key.strip() and equals for key, equals, _ in pairs)):
+        raise UnsupportedOptionError(
+            f"The variant {text!r} cannot be read.", "Write NAME:option=value,option=value, e.g. lru:policy=lru."
+        )
+    return name.strip(), {key.strip().replace("-", "_"): value.strip() for key, _, value in pairs}
+
+
+def plan_arms(
+    adapter: Adapter,
+    catalog: Catalog,
+    limits: Sequence[Limit],
+    options: Mapping[str, Any],
+    *,
+    ability: Ability,
+    variants: Mapping[str, Mapping[str, Any]] | None = None,
+    only: Sequence[str] | None = None,
+) -> tuple[ArmRecord, ...]:
+    """List all arms, those that cannot be run on this machine included, with the reason.
+
+    Parameters
+    ----------
+    adapter : Adapter
+        The engine.
+    catalog : Catalog
+        The model.
+    limits : sequence of Limit
+        Memory limits.
+    options : mapping
+        Expertier's options.
+    ability : Ability
+        What this machine allows.
+    variants : mapping of str to mapping, optional
+        Further Expertier arms: name to the options that differ.
+    only : sequence of str, optional
+        Keys of the arms to keep.
+
+    Raises
+    ------
+    UnsupportedOptionError
+        `only` names an arm that does not exist.
+    """
+    arms: list[ArmRecord] = []
+    for limit in limits:
+        stock = _stock_arms(adapter, catalog, limit, ability)
+        ours = [_our_arm(catalog, limit, options, ability)]
+        for name, changes in (variants or {}).items():
+            ours.append(
+                replace(
+                    _our_arm(catalog, limit, {**options, **changes}, ability),
+                    key=f"{_OURS}-{name}",
+                    label=f"Expertier, {name}",
+                )
+            )
+        arms += [_runnable(arm, limit, ability) for arm in (*stock, *ours)]
+    if only is not None:
+        unknown = set(only) - {arm.key for arm in arms}
+        if unknown or not only:
+            known = ", ".join(dict.fromkeys(arm.key for arm in arms))
+            raise UnsupportedOptionError(
+                f"There is no arm called {', '.join(sorted(unknown)) or repr('')}.", f"Arms are: {known}."
+            )
+        arms = [arm for arm in arms if arm.key in only]
+    return tuple(arms)
+
+
+def _stock_arms(adapter: Adapter, catalog: Catalog, limit: Limit, ability: Ability) -> list[ArmRecord]:
+    limited = limit.limit_bytes is not None
+    own = ability.readahead_kb
+    arms = []
+    for index, variant in enumerate(adapter.stock_variants(catalog, limited=limited)):
+        arm = ArmRecord(
+            key=variant.key,
+            label=variant.label,
+            ours=False,
+            limit=limit.text,
+            limit_bytes=limit.limit_bytes,
+            settings=variant.settings,
+            readahead_kb=BEST_READAHEAD_KB if limited and own is not None else None,
+        )
+        arms.append(arm)
+        if limited and index == 0 and own is not None and own != BEST_READAHEAD_KB:
+            label = f"{variant.label}, readahead {own} KiB as found"
+            arms.append(replace(arm, key=f"{variant.key}-readahead", label=label, readahead_kb=None))
+    return arms
+
+
+def _our_arm(catalog: Catalog, limit: Limit, options: Mapping[str, Any], ability: Ability) -> ArmRecord:
+    chosen = dict(options)
+    if limit.limit_bytes is None and ability.memory_left > catalog.file_bytes * 11 // 10:
+        chosen["budget"] = "100%"  # nothing is scarce: what does the machinery itself cost?
+    return ArmRecord(
+        key=_OURS,
+        label="Expertier",
+        ours=True,
+        limit=limit.text,
+        limit_bytes=limit.limit_bytes,
+        settings=chosen,
+    )
+
+
+def _runnable(arm: ArmRecord, limit: Limit, ability: Ability) -> ArmRecord:
+    reason = ""
+    if limit.limit_bytes is not None:
+        if ability.confinement:
+            reason = f"no memory limit can be enforced: {ability.confinement}"
+        elif limit.limit_bytes > ability.memory_left:
+            reason = f"only {format_bytes(ability.memory_left)} of memory are left"
+    if not reason and arm.readahead_kb not in (None, ability.readahead_kb) and ability.readahead:
+        reason = f"readahead cannot be set to {arm.readahead_kb} KiB: {ability.readahead}"
+    return replace(arm, status="not run", reason=reason) if reason else arm

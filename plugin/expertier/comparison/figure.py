@@ -1,0 +1,185 @@
+"""The figure of a comparison: decode speed, time to the first token, and memory against its limit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from expertier.budget import format_bytes
+from expertier.comparison.records import ArmRecord, Comparison, Figures
+from expertier.comparison.summary import ArmSummary, Summary
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_INK, _FAINT = "#22313f", "#8795a1"
+_OURS = ("#0f8b8d", "#3fb6a8", "#7fd1c2", "#b5e4db")
+_STOCK = ("#98a6b3", "#bcc6cf", "#d7dde3", "#e7ebef")
+_GIB = 1 << 30
+
+
+def draw(comparison: Comparison, summary: Summary, path: Path) -> None:
+    """Draw a comparison into a PNG file.
+
+    Parameters
+    ----------
+    comparison, summary : Comparison, Summary
+        What to draw.
+    path : Path
+        Where to.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    limits = list(dict.fromkeys(arm.limit for arm in summary.arms))
+    labels = list(dict.fromkeys(arm.label for arm in summary.arms))
+    colours = _colours(summary, labels)
+    with pyplot.rc_context(_style()):
+        figure, axes = pyplot.subplots(
+            1, 3, figsize=(max(11.0, 3.2 * len(limits) + 3.5), 4.6), width_ratios=(1.5, 1, 1), layout="constrained"
+        )
+        bars = _Bars(comparison, summary, limits, labels, colours)
+        bars.draw(axes[0], "tokens_per_second", lambda figures: figures.tokens_per_second)
+        _name(axes[0], "Decode", "tokens per second, higher is better")
+        bars.label_ratios(axes[0])
+        bars.draw(axes[1], "ttft_long_seconds", lambda figures: figures.ttft_long_seconds)
+        _name(axes[1], f"First token of {comparison.settings.long_prompt}", "seconds after loading, lower is better")
+        bars.draw(axes[2], "peak_memory_bytes", None, scale=_GIB)
+        bars.draw_limits(axes[2])
+        _name(axes[2], "Peak memory", "GiB, page cache included; the line is the limit")
+        handles, names = axes[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncols=min(4, len(names)), frameon=False)
+        model = comparison.model
+        figure.suptitle(
+            f"{model.name}: {format_bytes(model.file_bytes)}, {model.layers} layers x {model.experts} experts",
+            x=0.01,
+            ha="left",
+            fontsize=13,
+            fontweight="bold",
+        )
+        figure.savefig(path, dpi=160)
+        pyplot.close(figure)
+
+
+def _style() -> dict[str, Any]:
+    return {
+        "font.family": "sans-serif",
+        "font.size": 9.5,
+        "text.color": _INK,
+        "axes.labelcolor": _INK,
+        "axes.edgecolor": _FAINT,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.spines.left": False,
+        "axes.grid": True,
+        "axes.grid.axis": "y",
+        "axes.axisbelow": True,
+        "grid.color": "#e4e9ed",
+        "xtick.color": _INK,
+        "ytick.color": _FAINT,
+        "xtick.major.size": 0,
+        "ytick.major.size": 0,
+        "figure.facecolor": "white",
+    }
+
+
+def _colours(summary: Summary, labels: Sequence[str]) -> dict[str, str]:
+    ours = {arm.label for arm in summary.arms if arm.ours}
+    mine = [label for label in labels if label in ours]
+    theirs = [label for label in labels if label not in ours]
+    return {
+        **{label: _OURS[min(index, len(_OURS) - 1)] for index, label in enumerate(mine)},
+        **{label: _STOCK[min(index, len(_STOCK) - 1)] for index, label in enumerate(theirs)},
+    }
+
+
+def _name(axes: Axes, title: str, subtitle: str) -> None:
+    axes.set_title(title, loc="left", fontsize=11.5, fontweight="bold", pad=20)
+    axes.text(0, 1.02, subtitle, transform=axes.transAxes, color=_FAINT, fontsize=8.5, va="bottom")
+    axes.set_ylim(bottom=0)
+    axes.margins(y=0.14)
+
+
+class _Bars:
+    """Grouped bars: a group per limit, a bar per arm, a dot per repeat."""
+
+    def __init__(
+        self,
+        comparison: Comparison,
+        summary: Summary,
+        limits: Sequence[str],
+        labels: Sequence[str],
+        colours: dict[str, str],
+    ) -> None:
+        self._arms: dict[tuple[str, str], tuple[ArmRecord, ArmSummary]] = {
+            (arm.limit, arm.label): (arm, short) for arm, short in zip(comparison.arms, summary.arms, strict=True)
+        }
+        self._limits = limits
+        self._labels = labels
+        self._colours = colours
+        # Only arms that exist under a limit take room there.
+        self._places: dict[tuple[str, str], float] = {}
+        self._width = 0.8 / max(sum((limit, label) in self._arms for label in labels) for limit in limits)
+        for centre, limit in enumerate(limits):
+            present = [label for label in labels if (limit, label) in self._arms]
+            for index, label in enumerate(present):
+                self._places[limit, label] = centre + (index - (len(present) - 1) / 2) * self._width
+
+    def draw(self, axes: Axes, field: str, raw: Callable[[Figures], float] | None, *, scale: float = 1.0) -> None:
+        top = max((getattr(short, field) or 0 for _, short in self._arms.values()), default=0) / scale or 1.0
+        for label in self._labels:
+            keys = [key for key in self._places if key[1] == label]
+            heights = [(getattr(self._arms[key][1], field) or 0) / scale for key in keys]
+            axes.bar(
+                [self._places[key] for key in keys],
+                heights,
+                self._width * 0.92,
+                color=self._colours[label],
+                label=label,
+                zorder=2,
+            )
+            for key, height in zip(keys, heights, strict=True):
+                arm, short = self._arms[key]
+                if not short.runs and not height:
+                    axes.text(
+                        self._places[key], top * 0.02, short.status, rotation=90, ha="center", va="bottom",
+                        fontsize=8, color=_FAINT,
+                    )  # fmt: skip
+                values = [raw(run.figures) / scale for run in arm.runs if raw is not None and run.figures is not None]
+                if len(values) > 1:
+                    axes.plot(
+                        [self._places[key]] * len(values), values, ".", color=_INK, markersize=3.5, alpha=0.55, zorder=3
+                    )
+        axes.set_xticks(range(len(self._limits)), [self._limit_name(limit) for limit in self._limits])
+        axes.set_xlim(-0.55, len(self._limits) - 0.45)
+
+    def label_ratios(self, axes: Axes) -> None:
+        for key, (_, short) in self._arms.items():
+            ratio = short.against_stock
+            if not short.ours or ratio is None:
+                continue
+            axes.annotate(
+                f"{ratio.median:.2f}x",
+                (self._places[key], short.tokens_per_second_high or 0),
+                xytext=(0, 5),
+                textcoords="offset points",
+                ha="center",
+                fontsize=10,
+                fontweight="bold",
+                color=self._colours[key[1]],
+            )
+
+    def draw_limits(self, axes: Axes) -> None:
+        for centre, limit in enumerate(self._limits):
+            amount = next(arm.limit_bytes for (name, _), (arm, _) in self._arms.items() if name == limit)
+            if amount is not None:
+                axes.hlines(amount / _GIB, centre - 0.45, centre + 0.45, color="#d1495b", linewidth=1.6, zorder=4)
+
+    def _limit_name(self, limit: str) -> str:
+        amount = next(arm.limit_bytes for (name, _), (arm, _) in self._arms.items() if name == limit)
+        if amount is None:
+            return "no limit"
+        return f"{format_bytes(amount)}\n{limit} of the model" if limit.endswith("%") else format_bytes(amount)

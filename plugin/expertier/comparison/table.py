@@ -1,0 +1,119 @@
+"""The table of a comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from expertier.budget import format_bytes
+from expertier.comparison.records import Comparison
+from expertier.comparison.summary import ArmSummary, Identity, Ratio, Summary
+
+_DASH = "[dim]-[/]"
+_STATUS_STYLE = {"killed": "red", "failed": "red", "timeout": "red", "refused": "yellow", "not run": "dim"}
+
+
+def print_report(console: Console, comparison: Comparison, summary: Summary) -> None:
+    """Print everything about a comparison that fits a screen."""
+    model, hardware, settings = comparison.model, comparison.hardware, comparison.settings
+    console.print(
+        f"[bold]{escape(model.name)}[/]  {model.architecture}, {model.layers} layers x {model.experts} experts "
+        f"({', '.join(model.types)}), {format_bytes(model.file_bytes)}"
+    )
+    versions = ", ".join(f"{name} {version}" for name, version in comparison.versions.items())
+    console.print(f"[dim]{hardware.cpu}, {hardware.cores} cores, {format_bytes(hardware.memory_bytes)}; {versions}[/]")
+    console.print(
+        f"[dim]{settings.repeats} interleaved repeats, {settings.tokens} tokens of {settings.prompts} texts "
+        f"({', '.join(settings.domains)}), {settings.long_prompt}-token prompt; {settings.confinement}; "
+        f"cold start by {settings.cold_start}[/]"
+    )
+    for limit in dict.fromkeys(arm.limit for arm in summary.arms):
+        console.print(_table(limit, [arm for arm in summary.arms if arm.limit == limit]))
+    for line in _closing_lines(comparison, summary):
+        console.print(line)
+
+
+def _table(limit: str, arms: list[ArmSummary]) -> Table:
+    amount = arms[0].limit_bytes
+    title = "no memory limit" if amount is None else f"memory limit {format_bytes(amount)}"
+    if limit.endswith("%"):
+        title += f" ({limit} of the model)"
+    table = Table(title=title, title_style="bold", title_justify="left", header_style="dim", expand=False)
+    table.add_column("arm", no_wrap=True)
+    for name in ("tok/s", "against stock", "first token", "peak memory", "read/token", "hits", "stall/token", "bound"):
+        table.add_column(name, justify="right")
+    for arm in arms:
+        table.add_row(*_row(arm))
+    return table
+
+
+def _row(arm: ArmSummary) -> Iterable[str]:
+    name = f"[bold cyan]{escape(arm.label)}[/]" if arm.ours else escape(arm.label)
+    if not arm.runs:
+        style = _STATUS_STYLE.get(arm.status, "red")
+        return [name, f"[{style}]{arm.status}[/]", *[_DASH] * 2, _bytes(arm.peak_memory_bytes), *[_DASH] * 4]
+    speed = f"{arm.tokens_per_second:.1f}"
+    cells = [
+        f"[bold]{speed}[/]" if arm.ours else speed,
+        "[dim]best stock[/]" if arm.best_stock else _ratio(arm.against_stock),
+        _seconds(arm.ttft_long_seconds),
+        _bytes(arm.peak_memory_bytes or arm.peak_rss_bytes),
+        _bytes(arm.read_bytes_per_token),
+        _DASH if arm.hit_ratio is None else f"{100 * arm.hit_ratio:.0f} %",
+        _DASH if arm.stall_ms_per_token is None else f"{arm.stall_ms_per_token:.1f} ms",
+        _DASH
+        if arm.over_bound is None
+        else f"{arm.bound_tokens_per_second:.1f} [dim]({arm.over_bound:.2f}x {arm.bound_by})[/]",
+    ]
+    return [name, *cells]
+
+
+def _ratio(ratio: Ratio | None) -> str:
+    if ratio is None:
+        return _DASH
+    colour = "green" if ratio.low > 1 else "red" if ratio.high < 1 else "yellow"
+    return f"[{colour}]{ratio.median:.2f}x[/] [dim]{ratio.low:.2f}..{ratio.high:.2f}[/]"
+
+
+def _bytes(amount: float | None) -> str:
+    return _DASH if amount is None else format_bytes(int(amount))
+
+
+def _seconds(value: float | None) -> str:
+    return _DASH if value is None else f"{value:.2f} s"
+
+
+def _closing_lines(comparison: Comparison, summary: Summary) -> Iterable[str]:
+    for arm in summary.arms:
+        if arm.reason:
+            style = _STATUS_STYLE.get(arm.status, "red")
+            yield f"[{style}]{arm.status}[/]: {escape(arm.label)}, limit {arm.limit}: {escape(arm.reason)}"
+    yield identity_line(summary.identity)
+    if summary.disk_bytes_per_second is not None:
+        line = f"Storage measured at {format_bytes(int(summary.disk_bytes_per_second))}/s"
+        if summary.compute_seconds is not None:
+            line += f", stock computes a token in {1e3 * summary.compute_seconds:.1f} ms when nothing is scarce"
+        yield f"[dim]{line}. Bound: the larger of that and the time to read what was read.[/]"
+    for note in comparison.notes:
+        yield f"[dim]Note: {escape(note)}[/]"
+    if not comparison.complete:
+        yield "[yellow]This comparison was interrupted; what is shown is what had been measured.[/]"
+
+
+def identity_line(identity: Identity) -> str:
+    """Say in one line whether the arms computed the same."""
+    parts = []
+    if identity.same_logits is not None:
+        parts.append(
+            f"[green]Every logit of Expertier is bit-identical to stock's[/] ({identity.logits_runs} runs)"
+            if identity.same_logits
+            else f"[red]LOGITS DIFFER from stock with the same kernels[/] ({identity.logits_runs} runs)"
+        )
+    if identity.agreement is not None:
+        parts.append(f"likeliest token equal to stock with other kernels at {100 * identity.agreement:.1f} % or more")
+    if identity.same_tokens is False:
+        parts.append("[red]the arms were fed different tokens[/]")
+    return "; ".join(parts) + "." if parts else "[dim]There were no two runs whose outputs can be compared.[/]"
