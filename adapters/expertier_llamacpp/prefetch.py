@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import time
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +12,7 @@ from expertier.manager import OffloadManager
 from expertier.routing import GainGate, Lookahead
 from expertier_llamacpp import ggml
 
+_LEAST_CHANCE = 0.5  # below it a prefetch more often steals a slot and device time than it saves a wait
 _STREAM_FROM = 0.5  # share of a layer's experts in use from which the next layer is streamed whole
 
 
@@ -47,13 +49,14 @@ class Prefetcher:
         self._lookahead = lookahead
         self.gate = gate
         self._ahead = ahead
-        self._issued = self._used = 0
+        self._last_step: float | None = None  # when the previous decode step passed its last layer
         self._mul_mat = ggml.op_number("MUL_MAT")
 
     def after_router(self, layer: int, routes: NDArray[np.int64], node: int) -> None:
         """Act on the routes of `layer`, shape ``(tokens, top_k)``, found at the graph node `node`."""
         following = self._next.get(layer)
         if len(routes) > 1:
+            self._last_step = None
             if following is not None and len(np.unique(routes)) >= _STREAM_FROM * self._experts[layer]:
                 count = self._experts[following]
                 self._manager.prefetch(following, np.arange(count), limit=count)
@@ -62,16 +65,23 @@ class Prefetcher:
             return
         self._lookahead.learn(layer, routes[0])
         if following is None:
-            used = self._manager.prefetches_used
-            self.gate.step(self._issued, used - self._used)
-            self._issued, self._used = 0, used
+            now = time.perf_counter()
+            if self._last_step is not None:
+                self.gate.step(now - self._last_step)
+            self._last_step = now
+            return
+        if not self.gate.open:
             return
         hidden = self._gate_input(node)
         if hidden is None:
             return
-        _, candidates, chances = self._lookahead.predict(layer, hidden)
-        if self.gate.open:
-            self._issued += self._manager.prefetch(following, candidates, chances, limit=self._ahead)
+        resident = self._manager.resident(following)
+        if resident.all():
+            return
+        candidates, chances = self._lookahead.predict(layer, hidden, resident)
+        likely = chances >= _LEAST_CHANCE
+        if likely.any():
+            self._manager.prefetch(following, candidates[likely], chances[likely], limit=self._ahead)
 
     def _gate_input(self, node: int) -> NDArray[np.float32] | None:
         """Follow the graph from the chosen ids back to the router's multiplication and return its input."""

@@ -642,11 +642,6 @@ class OffloadManager:
     # ---- budget, life cycle, numbers
 
     @property
-    def prefetches_used(self) -> int:
-        """Experts loaded ahead of need that were needed."""
-        return self._stats.prefetches_used
-
-    @property
     def budget(self) -> int:
         """The budget in bytes."""
         return self._budget

@@ -1,58 +1,60 @@
-"""A feature that loses turns itself off: prefetching is kept only while what it loads is used."""
+"""A feature that loses turns itself off: prefetching is kept only while steps with it are quicker than steps without."""
 
 from __future__ import annotations
 
+from statistics import median
 from typing import Literal
 
 
 class GainGate:
-    """Decides whether to prefetch, from what prefetching brought lately.
+    """Decides by trial whether to prefetch.
+
+    A trial alternates short blocks of steps with and without prefetching and compares their median step times; the
+    winner stays for `hold` steps, then a new trial begins, because text and cache contents change.
 
     Parameters
     ----------
     mode : {"auto", "on", "off"}
         ``auto`` measures; the others are constant.
-    least_used : float
-        Share of prefetched experts that must be used. Below it the bytes wasted cost more than the waits saved,
-        because a prefetch occupies the device and a slot.
-    window : int
-        Prefetches after which a verdict is reached.
-    pause : int
-        Steps without prefetching after a bad verdict, before the next trial; doubles with every bad verdict in a row.
+    block : int
+        Steps in one block.
+    rounds : int
+        Blocks of each kind in a trial.
+    hold : int
+        Steps between trials.
     """
 
     def __init__(
-        self, mode: Literal["auto", "on", "off"] = "auto", *, least_used: float = 0.6, window: int = 32, pause: int = 64
+        self, mode: Literal["auto", "on", "off"] = "auto", *, block: int = 8, rounds: int = 4, hold: int = 512
     ) -> None:
         self.mode = mode
-        self._least_used = least_used
-        self._window = window
-        self._first_pause = self._pause = pause
-        self._wait = 0
-        self._issued = self._used = 0
+        self._block = block
+        self._rounds = rounds
+        self._hold = hold
+        self._left = 0  # steps until the next trial
+        self._trial: tuple[list[float], list[float]] = ([], [])  # step times without and with prefetching
+        self._winner = True
 
     @property
     def open(self) -> bool:
         """Whether to prefetch now."""
-        return self.mode == "on" or (self.mode == "auto" and self._wait == 0)
+        if self.mode != "auto":
+            return self.mode == "on"
+        if self._left:
+            return self._winner
+        done = len(self._trial[0]) + len(self._trial[1])
+        return done // self._block % 2 == 0
 
-    def step(self, issued: int, used: int) -> None:
-        """Account for one step.
-
-        Parameters
-        ----------
-        issued, used : int
-            Prefetches begun and prefetched experts used since the last call.
-        """
-        if self._wait:
-            self._wait -= 1
+    def step(self, seconds: float) -> None:
+        """Account for one step that took `seconds`."""
+        if self.mode != "auto":
             return
-        self._issued += issued
-        self._used += used
-        if self._issued >= self._window:
-            if self._used < self._least_used * self._issued:
-                self._wait = self._pause
-                self._pause = min(2 * self._pause, 64 * self._first_pause)
-            else:
-                self._pause = self._first_pause
-            self._issued = self._used = 0
+        if self._left:
+            self._left -= 1
+            return
+        self._trial[self.open].append(seconds)
+        without, within = self._trial
+        if len(without) + len(within) == 2 * self._rounds * self._block:
+            self._winner = median(within) < median(without)
+            self._left = self._hold
+            self._trial = ([], [])

@@ -27,7 +27,8 @@ class Lookahead:
     Notes
     -----
     The chance of a candidate is not read off the gate's scores, which belong to another layer's input, but measured:
-    a running average of how often the candidate at that rank was really used.
+    a running average of how often an absent candidate at that rank was really used. Only absent ones count, because
+    the resident ones are the likelier half and say nothing about what a prefetch would bring.
     """
 
     def __init__(
@@ -48,10 +49,12 @@ class Lookahead:
             self._weights[layer] = np.ascontiguousarray(weight, np.float32)
         self._top_k = dict(top_k)
         self._precision = {layer: np.full(2 * top_k[layer], 0.5) for layer in layers}
-        self._pending: tuple[int, NDArray[np.int64]] | None = None
+        self._pending: tuple[int, NDArray[np.int64], NDArray[np.int64]] | None = None
 
-    def predict(self, layer: int, hidden: NDArray[np.float32]) -> tuple[int, NDArray[np.int64], NDArray[np.float64]]:
-        """Rank the experts of the layer after `layer`.
+    def predict(
+        self, layer: int, hidden: NDArray[np.float32], resident: NDArray[np.bool_]
+    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Rank the absent experts of the layer after `layer`.
 
         Parameters
         ----------
@@ -59,23 +62,25 @@ class Lookahead:
             A layer that has a successor (see :meth:`following`).
         hidden : ndarray of float32, shape (hidden,)
             Its gate input.
+        resident : ndarray of bool, shape (experts,)
+            Which experts of the following layer need no load.
 
         Returns
         -------
-        following : int
-            The layer predicted.
         experts : ndarray of int64, shape (n,)
-            Candidates, likeliest first; n is at most twice the experts used per token.
+            Absent candidates, likeliest first; n is at most twice the experts used per token.
         chances : ndarray of float64, shape (n,)
-            How often a candidate of this rank was right lately.
+            How often an absent candidate of this rank was used lately.
         """
         following = self._next[layer]
         scores = self._weights[layer] @ hidden
         width = min(2 * self._top_k[following], len(scores))
         best = np.argpartition(-scores, width - 1)[:width]
         best = best[np.argsort(-scores[best])].astype(np.int64)
-        self._pending = (following, best)
-        return following, best, self._precision[following][:width]
+        ranks = np.flatnonzero(~resident[best])
+        candidates = best[ranks]
+        self._pending = (following, candidates, ranks)
+        return candidates, self._precision[following][ranks]
 
     def following(self, layer: int) -> int | None:
         """The MoE layer after `layer`, or ``None``."""
@@ -85,13 +90,12 @@ class Lookahead:
         """Compare the last prediction with what the router of `layer` chose for the token."""
         if self._pending is None or self._pending[0] != layer:
             return
-        candidates = self._pending[1]
+        _, candidates, ranks = self._pending
         self._pending = None
-        right = np.isin(candidates, experts)
+        right = (candidates[:, None] == experts).any(axis=1)
         precision = self._precision[layer]
-        precision[: len(right)] *= _MEMORY
-        precision[: len(right)] += (1.0 - _MEMORY) * right
+        precision[ranks] = _MEMORY * precision[ranks] + (1.0 - _MEMORY) * right
 
     def precision(self, layer: int) -> NDArray[np.float64]:
-        """Running precision by rank for a layer, shape ``(2 * top_k,)``."""
+        """Running precision of absent candidates by rank for a layer, shape ``(2 * top_k,)``."""
         return self._precision[layer].copy()
