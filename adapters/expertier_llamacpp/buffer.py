@@ -39,7 +39,8 @@ class ExpertBufferType:
     def __init__(self, placements: Mapping[str, PartPlacement], *, repacked: bool) -> None:
         self._placements = placements
         self._reserved: dict[int, tuple[int, int]] = {}
-        self._name = ctypes.create_string_buffer(b"Expertier")
+        # llama.cpp tells buffer types apart by name.
+        self._name = ctypes.create_string_buffer(b"Expertier_REPACK" if repacked else b"Expertier")
         self.tensors: dict[str, int] = {}
         self.error: Exception | None = None
         self._bound = False

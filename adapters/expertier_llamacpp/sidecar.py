@@ -14,6 +14,7 @@ import functools
 import hashlib
 import logging
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -158,7 +159,8 @@ class Repacker:
             _, columns, block_bytes = TENSOR_TYPES[_TYPE_IDS[type_name]]
             known = (np.arange(rows * block_bytes, dtype=np.uint64) * 2654435761 >> 13).astype(np.uint8)
             result = np.empty_like(known)
-            self.repack(type_name, (columns, rows), known.ctypes.data, result.ctypes.data)
+            with _quiet:
+                self.repack(type_name, (columns, rows), known.ctypes.data, result.ctypes.data)
             digest.update(f"{type_name} {rows} ".encode())
             digest.update(result.tobytes())
         return digest.hexdigest()
@@ -186,6 +188,40 @@ class Repacker:
         if not tensor.extra:
             raise SidecarError(f"llama.cpp has no repacked form for {shape[1]} rows of {type_name} on this CPU.")
         self._set(self._buffer, ctypes.addressof(tensor), source, 0, tensor.nb[3])
+
+
+class _Quiet(contextlib.AbstractContextManager[None]):
+    """Keeps llama.cpp's line about each repacked matrix from the log: there is one per expert.
+
+    The log function belongs to the process, so all uses share one replacement, which is never freed.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._previous, self._data = _LogFunction(), c_void_p()
+        self._replacement = _LogFunction(self._pass_on)
+
+    def _pass_on(self, level: int, text: bytes, data: int | None) -> None:
+        if not text.startswith(b"repack: "):
+            self._previous(level, text, data)
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._users += 1
+            if self._users == 1:
+                ggml.base().ggml_log_get(ctypes.byref(self._previous), ctypes.byref(self._data))
+                ggml.base().ggml_log_set(self._replacement, self._data)
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                ggml.base().ggml_log_set(self._previous, self._data)
+
+
+_LogFunction = ctypes.CFUNCTYPE(None, c_int, c_char_p, c_void_p)  # upstream: ggml_log_callback (ggml/include/ggml.h)
+_quiet = _Quiet()
 
 
 # ---- what llama.cpp would choose -------------------------------------------------------------------------------------
@@ -333,6 +369,7 @@ def _repacked(
 ) -> Generator[memoryview, None, None]:
     """Yield every expert repacked, in order; reading and repacking run ahead on a few threads."""
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_quiet)
         files = open_files(sorted({part.file for part in parts}), options.io_mode)
         for file in files.values():
             stack.callback(file.close)
