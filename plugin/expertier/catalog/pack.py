@@ -468,9 +468,9 @@ def _write(path: Path, plan: _Plan, produce: Produce, progress: Callable[[int], 
             for part in plan.parts:
                 padding = bytes(part.stride - part.expert_bytes)
                 for _ in range(part.experts):
-                    data = next(experts)
-                    if len(data) != part.expert_bytes:
-                        raise ValueError(f"{part.name}: {len(data)} bytes instead of {part.expert_bytes}")
+                    data = next(experts, None)
+                    if data is None or len(data) != part.expert_bytes:
+                        raise ValueError(f"{part.name} needs {part.expert_bytes} bytes per expert, other data came")
                     checksums.append(checksum(data))
                     _write_all(descriptor, data)
                     _write_all(descriptor, padding)
