@@ -16,7 +16,7 @@ from expertier.budget import format_bytes, parse_budget
 from expertier.catalog.gguf import build_catalog, read_layout, read_tensor
 from expertier.catalog.types import Catalog
 from expertier.config import OffloadOptions
-from expertier.errors import ExpertierError, ModelFormatError, UnsupportedOptionError
+from expertier.errors import BudgetError, ExpertierError, ModelFormatError, UnsupportedOptionError
 from expertier.manager import ManagerConfig, OffloadManager
 from expertier.planning.memory import memory_left, process_memory
 from expertier.routing import GainGate, Lookahead
@@ -83,9 +83,9 @@ class Llama(llama_cpp.Llama):
         _refuse_options(kwargs)
         layouts = read_layout(model_path)
         self.catalog = build_catalog(layouts)
-        asked = parse_budget(options.budget, self.catalog.total_expert_bytes)
+        parse_budget(options.budget, self.catalog.total_expert_bytes)  # a slip of the pen is told before any work
         try:
-            self._construct(model_path, kwargs, options, layouts, asked)
+            self._construct(model_path, kwargs, options, layouts)
         except BaseException:
             self.close()
             raise
@@ -94,21 +94,21 @@ class Llama(llama_cpp.Llama):
             print(self.mode_line(), file=sys.stderr)
         logger.info("%s", self.mode_line())
 
-    def _construct(
-        self, model_path: str, kwargs: dict[str, Any], options: OffloadOptions, layouts: Any, asked: int | None
-    ) -> None:
+    def _construct(self, model_path: str, kwargs: dict[str, Any], options: OffloadOptions, layouts: Any) -> None:
         catalog = self.catalog
         self._kernels = kernels = choose_kernels(catalog, layouts, options)
         files = open_files((*catalog.files, *kernels.files), options.io_mode)
         self._closing.extend(file.close for file in files.values())
         pool = WindowPool(kernels.layers, files, kernels.check_for)
         smallest = max(layer.top_k * pool.slot_bytes(layer.layer) for layer in catalog.layers)
+        largest = sum(layer.experts * pool.slot_bytes(layer.layer) for layer in catalog.layers)
+        asked = parse_budget(options.budget, largest)
         try:
             manager = OffloadManager(
                 experts={layer.layer: layer.experts for layer in catalog.layers},
                 top_k={layer.layer: layer.top_k for layer in catalog.layers},
                 pool=pool,
-                budget=smallest if asked is None else asked,
+                budget=smallest if asked is None else min(asked, largest),
                 config=ManagerConfig(
                     policy=options.policy, half_life=options.half_life, io_threads=options.io_threads
                 ),
@@ -152,14 +152,16 @@ class Llama(llama_cpp.Llama):
                 raise loader.error from error
             raise ModelFormatError(f"llama.cpp could not set up {model_path}: {error}") from error
         self._governor: BudgetGovernor | None = None
-        if asked is None:
-            promised = max(0, process_memory().untouched - before.untouched)
+        promised = max(0, process_memory().untouched - before.untouched)
+        if asked is not None:
+            _check_machine(manager.budget, promised)
+        else:
             self._governor = BudgetGovernor(
                 manager,
                 StepMemory.of(catalog, promised=promised, n_ubatch=self.context_params.n_ubatch),
                 margin=_margin(options),
                 smallest=smallest,
-                largest=sum(layer.experts * pool.slot_bytes(layer.layer) for layer in catalog.layers),
+                largest=largest,
             )
         self._guard_compute()
 
@@ -225,6 +227,17 @@ def _margin(options: OffloadOptions) -> int:
     if options.margin == "auto":
         return (32 << 20) + limit // 100
     return parse_budget(options.margin, limit) or 0
+
+
+def _check_machine(budget: int, promised: int) -> None:
+    """Refuse a budget that the machine cannot keep: the kernel would kill the process in the middle of an answer."""
+    bound = memory_left()
+    if budget > bound.left - promised:
+        raise BudgetError(
+            f"A budget of {format_bytes(budget)} exceeds what {bound.source} has left for experts "
+            f"({format_bytes(max(0, bound.left - promised))}).",
+            "Lower the budget, or use 'auto' to take what there is.",
+        )
 
 
 def _refuse_options(kwargs: dict[str, Any]) -> None:
