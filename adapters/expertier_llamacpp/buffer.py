@@ -31,9 +31,9 @@ class ExpertBufferType:
 
     Notes
     -----
-    llama.cpp skips tensors it has no data for (``llama_model_loader::load_all_data``: "this can happen with split experts
-    models"), and looks data up by tensor name. So an expert tensor bears another name from the moment it gets its
-    address until loading has ended, and not a byte of it is read, mapped or copied.
+    llama.cpp skips tensors it has no data for (``llama_model_loader::load_all_data``: "this can happen with split
+    experts models"), and looks data up by tensor name. So an expert tensor bears another name from the moment it
+    gets its address until loading has ended, and not a byte of it is read, mapped or copied.
     """
 
     def __init__(self, placements: Mapping[str, PartPlacement], *, repacked: bool) -> None:

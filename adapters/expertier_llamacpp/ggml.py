@@ -162,7 +162,7 @@ def op_number(name: str) -> int:
         text = names.ggml_op_name(number)
         if text == name.encode():
             return number
-        if text is None or text == b"NONE" and number:
+        if text is None or (text == b"NONE" and number):
             break
     raise UnsupportedEngineError(f"This llama.cpp has no operation {name}.", f"Use one of {VERIFIED_VERSIONS}.")
 

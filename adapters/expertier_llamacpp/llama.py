@@ -109,9 +109,7 @@ class Llama(llama_cpp.Llama):
                 top_k={layer.layer: layer.top_k for layer in catalog.layers},
                 pool=pool,
                 budget=smallest if asked is None else min(asked, largest),
-                config=ManagerConfig(
-                    policy=options.policy, half_life=options.half_life, io_threads=options.io_threads
-                ),
+                config=ManagerConfig(policy=options.policy, half_life=options.half_life, io_threads=options.io_threads),
             )
         except BaseException:
             pool.close()
@@ -129,9 +127,7 @@ class Llama(llama_cpp.Llama):
                 lookahead=_make_lookahead(catalog, layouts) if options.lookahead != "off" else None,
                 gate=GainGate(options.lookahead),
             )
-            self._hook = EvalHook(
-                manager=manager, tensors=tensors, experts=experts, prefetcher=prefetcher
-            )
+            self._hook = EvalHook(manager=manager, tensors=tensors, experts=experts, prefetcher=prefetcher)
             return self._hook.callback
 
         loader = ModelLoader(
@@ -263,6 +259,3 @@ def _make_lookahead(catalog: Catalog, layouts: Any) -> Lookahead | None:
                 norms[layer.layer] = np.asarray(read_tensor(layouts, f"blk.{layer.layer}.{norm}.weight"))
                 break
     return Lookahead(gates=gates, norms=norms, top_k={layer.layer: layer.top_k for layer in catalog.layers})
-
-
-

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import time
 
 import numpy as np
@@ -45,7 +46,7 @@ class Prefetcher:
         self._manager = manager
         self._experts = experts
         layers = sorted(experts)
-        self._next = dict(zip(layers, layers[1:], strict=False))
+        self._next = dict(itertools.pairwise(layers))
         self._lookahead = lookahead
         self.gate = gate
         self._ahead = ahead

@@ -80,8 +80,9 @@ class WindowPool:
     Notes
     -----
     Direct reads need memory and file offset to agree modulo the page size, for every expert of a tensor. They do when
-    the stride is congruent to the expert's stride in the file modulo the page size, so parts share a window only if their sizes
-    are congruent; in practice quantised expert sizes are page multiples and a layer has one window per expert.
+    the stride is congruent to the expert's stride in the file modulo the page size, so parts share a window only if
+    their sizes are congruent; in practice quantised expert sizes are page multiples and a layer has one window per
+    expert.
     """
 
     def __init__(
@@ -93,10 +94,8 @@ class WindowPool:
         self._check_for = check_for
         self._windows: dict[int, list[_Window]] = {}
         self._regions: list[tuple[int, int]] = []
-        self._backed: set[tuple[int, int]] = set()
         self.placements: dict[str, PartPlacement] = {}
         self._stages = {layer.layer: len(layer.parts) for layer in layers}
-        self._exposed: tuple[int, int] | None = None
         try:
             for layer in layers:
                 self._windows[layer.layer] = self._lay_out(layer, files)
@@ -146,7 +145,6 @@ class WindowPool:
                 if not (recycled and self._take_over(recycled, (layer, expert))):
                     for window in windows:
                         memory.back(window.start(expert), window.size, huge=window.size >= HUGE_PAGE)
-                self._backed.add((layer, expert))
             except OSError as error:
                 raise ExpertLoadError(
                     f"No memory mapping for expert {expert} of layer {layer}: {error.strerror}.",
@@ -183,41 +181,13 @@ class WindowPool:
                     memory.release(window.start(source[1]), window.size)
                 for window in new[index:]:
                     memory.back(window.start(target[1]), window.size, huge=window.size >= HUGE_PAGE)
-        self._backed.discard(source)
         return True
 
     def drop(self, layer: int, expert: int) -> None:
         for window in self._windows[layer]:
             memory.release(window.start(expert), window.size)
-        self._backed.discard((layer, expert))
-
-    # ---- after a failed step
-
-    def expose(self, layer: int, experts: int) -> None:
-        """Make the layer's absent windows readable, so that a multiplication that cannot be stopped ends harmlessly.
-
-        Its result is thrown away with the step. :meth:`conceal` undoes it.
-        """
-        self._exposed = (layer, experts)
-        for expert in range(experts):
-            if (layer, expert) not in self._backed:
-                for window in self._windows[layer]:
-                    memory.back(window.start(expert), window.size, huge=False)
-
-    def conceal(self) -> None:
-        """Make absent windows inaccessible again after :meth:`expose`."""
-        if self._exposed is None:
-            return
-        layer, experts = self._exposed
-        self._exposed = None
-        for expert in range(experts):
-            if (layer, expert) not in self._backed:
-                for window in self._windows[layer]:
-                    memory.release(window.start(expert), window.size)
 
     def close(self) -> None:
         for address, size in self._regions:
             memory.unmap(address, size)
         self._regions.clear()
-        self._backed.clear()
-

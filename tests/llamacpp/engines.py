@@ -11,12 +11,13 @@ from typing import Any, Literal
 
 import llama_cpp
 import numpy as np
+from llama_cpp import llama_cpp as C  # noqa: N812
+
 from expertier.catalog.gguf import read_gguf
 from expertier.catalog.types import Catalog
 from expertier_llamacpp import Llama
 from expertier_llamacpp.loading import open_files
 from expertier_llamacpp.slots import WindowPool
-from llama_cpp import llama_cpp as C  # noqa: N812
 
 Kernels = Literal["plain", "repacked"]
 
