@@ -92,23 +92,16 @@ class BudgetGovernor:
 
     def _measure(self) -> int:
         """Bytes that experts and the compute buffer may share from now on."""
-        bound = memory_left()
-        total = self._manager.stats().resident_bytes + bound.left - self._margin
-        if total - self._step.compute(1) < self._smallest:
-            raise BudgetError(
-                f"{bound.source} leaves {format_bytes(max(0, total))} for experts, one token needs "
-                f"{format_bytes(self._smallest)}.",
-                "Raise the memory limit, or lower n_ctx, n_batch and n_ubatch.",
-            )
-        return total
+        return self._manager.stats().resident_bytes + memory_left().left - self._margin
 
     def _apply(self, tokens: int) -> None:
         work = self._step.work(max(tokens, self._worked)) - self._step.work(self._worked)
         budget = min(self._total - self._step.compute(tokens) - work, self._largest)
         if budget < self._smallest:
             raise BudgetError(
-                f"A step of {tokens} tokens leaves {format_bytes(max(0, budget))} for experts.",
-                "Lower n_ubatch, or raise the memory limit.",
+                f"{memory_left().source} leaves {format_bytes(max(0, budget))} for experts in a step of {tokens} "
+                f"tokens, one token needs {format_bytes(self._smallest)}.",
+                "Raise the memory limit, or lower n_ctx, n_batch and n_ubatch.",
             )
         if budget != self._manager.budget:
             self._manager.resize(budget)
@@ -133,7 +126,8 @@ class BudgetGovernor:
         release_compute_buffer(compute_node)
         self._worked = max(self._worked, self._tokens)
         self._tokens = 1
-        self._total = self._measure()
+        # Others may have taken memory meanwhile: shrink as far as possible, the finished step stays good.
+        self._total = max(self._measure(), self._smallest + self._step.compute(1))
         self._apply(1)
 
 

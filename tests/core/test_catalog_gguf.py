@@ -9,10 +9,12 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
 from expertier.catalog.gguf import (
     build_catalog,
     content_digest,
-    merged_header,
     read_gguf,
     read_layout,
     read_tensor,
@@ -25,8 +27,6 @@ from expertier.errors import (
     ModelNotFoundError,
     UnsupportedModelError,
 )
-from hypothesis import HealthCheck, example, given, settings
-from hypothesis import strategies as st
 from support.raw_gguf import (
     BOOL,
     F32,
@@ -177,7 +177,6 @@ def test_nothing_stays_open_or_mapped(single: Path) -> None:
     before = len(os.listdir("/proc/self/fd"))
     layouts = read_layout(single)
     read_tensor(layouts, "blk.0.attn_norm.weight")
-    merged_header(layouts)
     assert len(os.listdir("/proc/self/fd")) == before
     assert str(single) not in Path("/proc/self/maps").read_text()
 
@@ -241,10 +240,6 @@ def test_a_first_file_without_tensors_is_read(tmp_path: Path) -> None:
     first = write(tmp_path / "m-00001-of-00002.gguf", build(keys | {"split.no": Value(U16, 0)} | count, []))
     write(tmp_path / "m-00002-of-00002.gguf", build({"split.no": Value(U16, 1)} | count, tensors))
     assert read_gguf(first).expert_count == 8
-    assert (
-        merged_header(read_layout(first))[0]
-        == build(keys, tensors)[: read_layout(first)[1].size][: len(merged_header(read_layout(first))[0])]
-    )
 
 
 def test_a_missing_file_of_a_split_model_is_named(tmp_path: Path) -> None:
@@ -287,44 +282,6 @@ def test_a_wrong_number_of_tensors_over_all_files_is_refused(tmp_path: Path) -> 
     write(tmp_path / "m-00002-of-00002.gguf", build(own, []))
     with pytest.raises(ModelFormatError, match="the first one says"):
         read_gguf(first)
-
-
-# --- one virtual file -------------------------------------------------------------------------------------------------
-
-
-def virtual_file(path: Path) -> bytes:
-    header, segments = merged_header(read_layout(path))
-    content = bytearray(header)
-    for segment in segments:
-        content += bytes(segment.virtual_offset - len(content))
-        content += segment.file.read_bytes()[segment.file_offset :][: segment.nbytes]
-    return bytes(content)
-
-
-def test_a_single_file_is_its_own_virtual_file(single: Path) -> None:
-    assert virtual_file(single) == single.read_bytes()
-    assert all(segment.virtual_offset == segment.file_offset for segment in merged_header(read_layout(single))[1])
-
-
-@pytest.mark.parametrize("alignment", [32, 256])
-def test_the_virtual_file_of_a_split_model_is_the_single_file(tmp_path: Path, alignment: int) -> None:
-    keys = moe_keys() | ({"general.alignment": Value(U32, alignment)} if alignment != 32 else {})
-    tensors = moe_tensors(rows=5)
-    for number, content in enumerate(split(keys, tensors, 3, alignment=alignment), 1):
-        write(tmp_path / f"m-{number:05}-of-00003.gguf", content)
-    whole = build(keys, tensors, alignment=alignment)
-    joined = virtual_file(tmp_path / "m-00001-of-00003.gguf")
-    assert joined == whole[: len(joined)]
-    assert not whole[len(joined) :].strip(b"\0")
-
-
-def test_segments_ascend_and_do_not_overlap(tmp_path: Path) -> None:
-    header, segments = merged_header(read_layout(write_split(tmp_path, 4)))
-    end = len(header)
-    for segment in segments:
-        assert segment.virtual_offset >= end
-        assert segment.virtual_offset % 32 == 0
-        end = segment.virtual_offset + segment.nbytes
 
 
 # --- single tensors ---------------------------------------------------------------------------------------------------

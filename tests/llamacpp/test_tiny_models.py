@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
-from expertier.catalog.gguf import build_catalog, content_digest, merged_header, read_gguf, read_layout, read_tensor
+
+from expertier.catalog.gguf import content_digest, read_gguf, read_layout, read_tensor
 from expertier.catalog.gguf_header import TENSOR_TYPES
 from support.tiny_gguf import ARCHITECTURES, EXPERT_TYPES, TinySpec, write_tiny
 
@@ -96,23 +97,6 @@ def test_another_alignment_changes_places_and_not_logits(tiny_model: TinyModel, 
     aligned = tiny_model(TinySpec(hidden=96, feed_forward=160, alignment=alignment))
     assert all(part.offset % alignment == 0 for layer in read_gguf(aligned).layers for part in layer.parts)
     assert np.array_equal(stock_logits(aligned), stock_logits(tiny_model(UNEVEN)))
-
-
-@pytest.mark.parametrize("alignment", [32, 4096])
-def test_the_virtual_file_of_a_split_model_is_a_model_to_the_stock_engine(
-    tiny_model: TinyModel, tmp_path: Path, alignment: int
-) -> None:
-    layouts = read_layout(tiny_model(TinySpec(hidden=96, feed_forward=160, alignment=alignment, files=3)))
-    header, segments = merged_header(layouts)
-    joined = tmp_path / "joined.gguf"
-    with joined.open("wb") as file:
-        file.write(header)
-        for segment in segments:
-            file.seek(segment.virtual_offset)
-            file.write(segment.file.read_bytes()[segment.file_offset : segment.file_offset + segment.nbytes])
-    single = tiny_model(TinySpec(hidden=96, feed_forward=160, alignment=alignment))
-    assert np.array_equal(stock_logits(joined), stock_logits(single))
-    assert build_catalog(read_layout(joined)).total_expert_bytes == build_catalog(layouts).total_expert_bytes
 
 
 def test_the_same_specification_gives_the_same_file_and_another_seed_another_model(tmp_path: Path) -> None:

@@ -1,10 +1,9 @@
-"""GGUF models, single or split: where each expert lies, and how to show a split model as one file.
+"""GGUF models, single or split: where each expert lies.
 
 Three views of the same headers:
 
 - :func:`read_gguf` returns the :class:`~expertier.catalog.types.Catalog` of a mixture of experts;
-- :func:`read_layout` returns every tensor of every file, and :func:`merged_header` a header with which all files
-  together look like a single GGUF file to an engine that reads through a stream;
+- :func:`read_layout` returns every tensor of every file;
 - :func:`read_tensor` decodes one small tensor (a router, a norm) to ``float32``.
 
 Only headers are read; no file stays open or mapped.
@@ -18,7 +17,6 @@ import re
 import struct
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, get_args
 
@@ -26,7 +24,6 @@ import numpy as np
 import numpy.typing as npt
 
 from expertier.catalog.gguf_header import (
-    MAGIC,
     GgufKey,
     GgufLayout,
     GgufTensor,
@@ -40,10 +37,8 @@ __all__ = [
     "GgufKey",
     "GgufLayout",
     "GgufTensor",
-    "Segment",
     "build_catalog",
     "content_digest",
-    "merged_header",
     "read_gguf",
     "read_layout",
     "read_tensor",
@@ -62,31 +57,6 @@ _ROLE_SETS: Final = (
 # Storage types of activations, indices and other things that no engine multiplies with as an expert.
 _NOT_WEIGHTS: Final = frozenset({"I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K"})
 _SAMPLE_BYTES: Final = 64
-
-
-@dataclass(frozen=True, kw_only=True)
-class Segment:
-    """One tensor of a virtual single-file model.
-
-    Attributes
-    ----------
-    virtual_offset : int
-        Byte offset in the virtual file.
-    nbytes : int
-        Bytes of data; up to the next segment follows padding (zeros).
-    file : Path
-        The file that holds the data.
-    file_offset : int
-        Byte offset in that file.
-    tensor_name : str
-        Name of the tensor.
-    """
-
-    virtual_offset: int
-    nbytes: int
-    file: Path
-    file_offset: int
-    tensor_name: str
 
 
 def read_gguf(path: str | os.PathLike[str]) -> Catalog:
@@ -415,65 +385,6 @@ def _read_ranges(layout: GgufLayout, ranges: Sequence[tuple[int, int]]) -> list[
     finally:
         os.close(descriptor)
     return pieces
-
-
-def merged_header(layouts: Sequence[GgufLayout]) -> tuple[bytes, list[Segment]]:
-    """Header and contents of a virtual single-file model.
-
-    Of a single file the header is its own, and every segment lies where it lies in the file. Of a split model the
-    header is built anew: the keys of the first file without ``split.*``, and all tensors in file order, each at the
-    next aligned offset.
-
-    Parameters
-    ----------
-    layouts : sequence of GgufLayout
-        What :func:`read_layout` returned.
-
-    Returns
-    -------
-    header : bytes
-        The first bytes of the virtual file, up to the first tensor.
-    segments : list of Segment
-        All tensors by ascending virtual offset, those of no bytes included. Bytes between segments are padding.
-
-    Raises
-    ------
-    ModelNotFoundError, ModelFormatError
-        A file can no longer be read.
-    """
-    first = layouts[0]
-    if len(layouts) == 1:
-        header = _read_ranges(first, [(0, min(first.data_offset, first.size))])[0]
-        tensors = sorted(first.tensors, key=lambda tensor: (tensor.offset, tensor.nbytes))
-        return header, [_segment(first, tensor, tensor.offset) for tensor in tensors]
-
-    kept = [key for key in first.keys if not key.name.startswith("split.")]
-    pairs = b"".join(_read_ranges(first, [(key.offset, key.nbytes) for key in kept]))
-    table = bytearray()
-    relative: list[tuple[GgufLayout, GgufTensor, int]] = []
-    end = 0
-    for layout in layouts:
-        for tensor in layout.tensors:
-            name = tensor.name.encode()
-            table += struct.pack("<Q", len(name)) + name
-            table += struct.pack(f"<I{len(tensor.shape)}Q", len(tensor.shape), *tensor.shape)
-            table += struct.pack("<IQ", tensor.type_id, end)
-            relative.append((layout, tensor, end))
-            end += tensor.nbytes + -tensor.nbytes % first.alignment
-    preamble = MAGIC + struct.pack("<IQQ", first.version, len(relative), len(kept))
-    header = preamble + pairs + bytes(table)
-    header += bytes(-len(header) % first.alignment)
-    return header, [_segment(layout, tensor, len(header) + offset) for layout, tensor, offset in relative]
-
-
-def _segment(layout: GgufLayout, tensor: GgufTensor, virtual_offset: int) -> Segment:
-    return Segment(
-        virtual_offset=virtual_offset,
-        nbytes=tensor.nbytes,
-        file=layout.path,
-        file_offset=tensor.offset,
-        tensor_name=tensor.name,
-    )
 
 
 def read_tensor(layout: GgufLayout | Sequence[GgufLayout], name: str) -> npt.NDArray[np.float32]:
