@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from expertier.errors import UnsupportedModelError
 from expertier_llamacpp import ggml, memory
@@ -45,7 +45,7 @@ class ExpertBufferType:
         self.error: Exception | None = None
         self._bound = False
         self._repack_type = ggml.repack_buffer_type() if repacked else 0
-        self._stock_init: ggml.InitTensor | None = None
+        self._stock_init: Callable[[int, int], int] | None = None
         if repacked:
             probe = ggml.base().ggml_backend_buft_alloc_buffer(self._repack_type, PAGE)
             interface = ggml.BufferInterface.from_address(probe)

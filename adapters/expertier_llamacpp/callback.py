@@ -50,6 +50,13 @@ class EvalHook:
     prefetcher : Prefetcher, optional
         Starts loads ahead of the router.
 
+    Attributes
+    ----------
+    signals : HeldSignals
+        To be entered around every llama.cpp call that runs the graph.
+    error : BaseException or None
+        What went wrong in the running call.
+
     Notes
     -----
     Exceptions must not cross into C: they are kept in :attr:`error` and raised by :meth:`finish` in the thread that
@@ -78,7 +85,7 @@ class EvalHook:
         self._mul_mat_id = ggml.op_number("MUL_MAT_ID")
         self._no_op = ggml.op_number("NONE")
         self._disarmed: list[int] = []
-        self._signals = HeldSignals()
+        self.signals = HeldSignals()
         self._stopped_at = 0  # node that was answered with True and whose result has not been announced yet
         self._owed_layer = -1  # layer whose routes are known and whose last multiplication was not asked about yet
         # Nodes that may carry the chosen ids: a view of the sorted ids, or whatever a model computes them with.
@@ -99,7 +106,6 @@ class EvalHook:
         self.compute_node = 0
         self._previous_layer = self._owed_layer = -1
         self._stopped_at = 0
-        self._signals.hold()
 
     def finish(self) -> None:
         """End the call: unpin, and raise what went wrong inside it."""
@@ -114,11 +120,8 @@ class EvalHook:
             self._step_open = False
             self._manager.end_step()
         error, self.error = self.error, None
-        try:
-            if error is not None:
-                raise error
-        finally:
-            self._signals.release()
+        if error is not None and not isinstance(error, _InterruptedError):
+            raise error
 
     def _release(self) -> None:
         if self._lease is not None:
@@ -141,8 +144,8 @@ class EvalHook:
                     self._stopped_at = node
                 return stop
             self._stopped_at = 0
-            if self._signals.interrupted and self.error is None:
-                self.error = KeyboardInterrupt()
+            if self.signals.interrupted and self.error is None:
+                self.error = _InterruptedError()
             if self.error is None and op in self._other_topk_ops:
                 self._after_topk(node)
             return self.error is None
@@ -203,6 +206,10 @@ class EvalHook:
         self._release()
         self._lease = self._manager.acquire(layer, np.arange(self._experts[layer]), wait=False)
         return self._lease
+
+
+class _InterruptedError(BaseException):
+    """The user gave up: the step ends early, and :attr:`EvalHook.signals` tells the caller."""
 
 
 def _lost_callback() -> ExpertLoadError:

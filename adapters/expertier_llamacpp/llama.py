@@ -27,6 +27,7 @@ from expertier_llamacpp.governor import BudgetGovernor, StepMemory
 from expertier_llamacpp.loading import ModelLoader, open_files
 from expertier_llamacpp.prefetch import Prefetcher
 from expertier_llamacpp.sidecar import choose_kernels
+from expertier_llamacpp.signals import HeldSignals
 from expertier_llamacpp.slots import WindowPool
 
 logger = logging.getLogger("expertier")
@@ -163,17 +164,19 @@ class Llama(llama_cpp.Llama):
 
     def _guard_compute(self) -> None:
         """Raise what went wrong inside the graph before anyone looks at the output."""
-        hook, governor, context = self._hook, self._governor, self._ctx
+        hook, governor = self._hook, self._governor
+        context: Any = self._ctx  # methods are shadowed on the instance: the class belongs to llama_cpp
 
         def guarded(stock: Callable[[Any], None]) -> Callable[[Any], None]:
             def compute(batch: Any) -> None:
-                if governor is not None:
-                    governor.before(batch.n_tokens())
-                hook.begin()
-                try:
-                    stock(batch)
-                finally:
-                    hook.finish()
+                with hook.signals:
+                    if governor is not None:
+                        governor.before(batch.n_tokens())
+                    hook.begin()
+                    try:
+                        stock(batch)
+                    finally:
+                        hook.finish()
                     if governor is not None:
                         governor.after(hook.compute_node)
 
@@ -193,17 +196,19 @@ class Llama(llama_cpp.Llama):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), **self._offload_arguments}
+        stock: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        return {**stock, **self._offload_arguments}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
 
     def close(self) -> None:
         """Free the model, stop the I/O threads and give all memory back."""
-        if hasattr(self, "_stack"):
-            super().close()  # first the model: it still points into our memory
-        while self._closing:
-            self._closing.pop(0)()
+        with HeldSignals():  # freeing a model calls back into Python
+            if hasattr(self, "_stack"):
+                super().close()  # first the model: it still points into our memory
+            while self._closing:
+                self._closing.pop(0)()
 
     def __del__(self) -> None:
         if hasattr(self, "_closing"):

@@ -77,12 +77,11 @@ class ModelLoader:
         with _patching:
             stock_load, stock_init = C.llama_model_load_from_file, C.llama_init_from_model
             C.llama_model_load_from_file, C.llama_init_from_model = load, init
-            self._signals.hold()
             try:
-                yield
+                with self._signals:
+                    yield
             finally:
                 C.llama_model_load_from_file, C.llama_init_from_model = stock_load, stock_init
-                self._signals.release()
 
     def _load(self, path: bytes, params: Any, stock_load: Callable[[bytes, Any], Any]) -> Any:
         try:

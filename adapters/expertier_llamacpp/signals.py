@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import signal
 import threading
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any, Final
 
 _NUMBERS: Final = (signal.SIGINT, signal.SIGTERM)
 
 
 class HeldSignals:
-    """Holds signals back between :meth:`hold` and :meth:`release`, and delivers them then.
+    """Context manager that holds signals back and delivers them at its end.
 
     Attributes
     ----------
@@ -33,24 +33,18 @@ class HeldSignals:
         self._arrived: list[int] = []
         self.interrupted = False
 
-    def hold(self) -> None:
-        """Begin to hold signals back. Does nothing outside the main thread, where Python runs no handlers."""
+    def __enter__(self) -> None:
         if threading.current_thread() is not threading.main_thread():
-            return
+            return  # Python runs handlers in the main thread only
         for number in _NUMBERS:
             handler = signal.getsignal(number)
             if callable(handler):
                 self._handlers[number] = handler
                 signal.signal(number, self._note)
 
-    def release(self) -> None:
-        """Put the handlers back and run those whose signal has arrived.
-
-        Raises
-        ------
-        BaseException
-            Whatever they raise, usually ``KeyboardInterrupt``.
-        """
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if not self._handlers:
             return
         handlers, self._handlers = self._handlers, {}
