@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from expertier_llamacpp.llama import Llama
 
 DISTRIBUTION = "llama-cpp-python"
+_CONTEXT = 4096
 
 # Upstream: ggml_repack_get_optimal_repack_type (ggml/src/ggml-cpu/repack.cpp). On a given CPU some of them are not
 # repacked after all; then both kinds of kernels are the same and a comparison runs one arm more than it had to.
@@ -47,22 +48,23 @@ class LlamaCppSession:
     def generate(
         self, prompt: str, *, chat: bool, max_tokens: int, temperature: float, seed: int | None
     ) -> Iterator[str]:
+        llama: Any = self._llama  # typed as if it could return both a stream and a whole answer
         options: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "stream": True}
-        if chat and "tokenizer.chat_template" not in self._llama.metadata:
+        if chat and "tokenizer.chat_template" not in llama.metadata:
             raise UnsupportedOptionError(
                 "This model has no chat template.", "Leave out --chat, or use a model tuned for chat."
             )
-        used = len(self._llama.tokenize(prompt.encode(), special=chat))
-        if used >= self._llama.n_ctx():
+        used = len(llama.tokenize(prompt.encode(), special=chat))
+        if used >= llama.n_ctx():
             raise UnsupportedOptionError(
-                f"The prompt has {used} tokens, the context {self._llama.n_ctx()}.", "Raise --n-ctx."
+                f"The prompt has {used} tokens, the context {llama.n_ctx()}.", "Raise --n-ctx."
             )
         if chat:
             messages = [{"role": "user", "content": prompt}]
-            for chunk in self._llama.create_chat_completion(messages, **options):
+            for chunk in llama.create_chat_completion(messages, **options):
                 yield chunk["choices"][0]["delta"].get("content") or ""
         else:
-            for chunk in self._llama.create_completion(prompt, **options):
+            for chunk in llama.create_completion(prompt, **options):
                 yield chunk["choices"][0]["text"]
 
     def stats(self) -> Stats:
@@ -137,11 +139,14 @@ class LlamaCppAdapter:
             raise UnsupportedEngineError(
                 f"{DISTRIBUTION} cannot be imported: {error}.", "See what `expertier doctor` says."
             ) from error
+        trained = read_layout(model)[0].metadata
+        longest = trained.get(f"{trained.get('general.architecture')}.context_length")
+        n_ctx = settings.n_ctx or min(_CONTEXT, longest if isinstance(longest, int) else _CONTEXT)
         own = {f"expert_{name}": value for name, value in asdict(options).items()}
         return LlamaCppSession(
             Llama(
                 str(model),
-                n_ctx=settings.n_ctx,
+                n_ctx=n_ctx,
                 n_batch=max(512, settings.n_ubatch),
                 n_ubatch=settings.n_ubatch,
                 n_threads=settings.threads,

@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
-    """Run one arm.
+    """Run one arm; with ``prepare`` in the job only load it.
 
     Parameters
     ----------
@@ -53,6 +53,10 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         Fields of :class:`expertier.comparison.records.Figures`.
     """
     model = Path(job["model"])
+    if job.get("prepare"):
+        # What is made once per model (the repacked sidecar) must not be made inside a measurement.
+        _load(job, model).close()
+        return {}
     started = time.perf_counter()
     llama = _load(job, model)
     load_seconds = time.perf_counter() - started
@@ -90,9 +94,9 @@ def _load(job: dict[str, Any], model: Path) -> llama_cpp.Llama:
 
 
 def _kernels(job: dict[str, Any], model: Path, llama: llama_cpp.Llama) -> str:
-    if job["ours"]:
-        return str(getattr(llama, "kernels", "plain"))
-    return "repacked" if job["settings"].get("repack", True) and can_repack(model) else "plain"
+    # Stock and ours compute alike, bit by bit, at the same setting of use_extra_bufts.
+    repack = llama._kernels.extra_buffer_types if isinstance(llama, Llama) else job["settings"].get("repack", True)
+    return "repacked" if repack and can_repack(model) else "plain"
 
 
 def _measure_loaded(job: dict[str, Any], llama: llama_cpp.Llama) -> dict[str, Any]:
@@ -120,7 +124,7 @@ def _measure_loaded(job: dict[str, Any], llama: llama_cpp.Llama) -> dict[str, An
     # The long prompt comes first: it is what a user meets after loading, and afterwards all arms are warm.
     ttft_long = step(long_prompt)
     for tokens in texts:
-        llama.reset()
+        llama.reset()  # type: ignore[no-untyped-call]
         ttft_short.append(step(tokens[: job["short_prompt"]]))
         read_before_decode = _read_bytes()
         if offload is not None:

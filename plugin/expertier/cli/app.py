@@ -84,7 +84,9 @@ def run(
     seed: Annotated[int | None, typer.Option("--seed", min=0, help="Repeatable sampling. \\[default: random]")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Apply the model's chat template.")] = False,
     engine: Engine = "llamacpp",
-    n_ctx: Annotated[int, typer.Option("--n-ctx", min=8, help="Context length in tokens.")] = 4096,
+    n_ctx: Annotated[
+        int | None, typer.Option("--n-ctx", min=8, help="Context length. \\[default: 4096, or the model's if less]")
+    ] = None,
     n_ubatch: Ubatch = 512,
     threads: Threads = None,
     as_json: AsJson = False,

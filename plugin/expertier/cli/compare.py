@@ -216,7 +216,9 @@ def _run(runner: Runner, comparison: Comparison, catalog: Catalog, out: Path) ->
         runner.run_all(
             comparison.arms,
             comparison.settings.repeats,
-            lambda arm, repeat: start(f"{arm.label}, limit {arm.limit}, repeat {repeat + 1}"),
+            lambda arm, repeat: start(
+                f"preparing {arm.label}" if repeat < 0 else f"{arm.label}, limit {arm.limit}, repeat {repeat + 1}"
+            ),
             on_done,
             on_repeat,
         )

@@ -62,9 +62,9 @@ class StockVariant:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSettings:
-    """Settings of the engine itself: context length, tokens per prompt step and threads."""
+    """Settings of the engine itself: context length (``None``: a usual one), tokens per prompt step and threads."""
 
-    n_ctx: int = 4096
+    n_ctx: int | None = None
     n_ubatch: int = 512
     threads: int = 1
 
@@ -111,7 +111,11 @@ class Adapter(Protocol):
         """Ways of running the stock engine; with `limited` those that make sense in too little memory, best first."""
 
     def worker_command(self) -> Sequence[str]:
-        """Return the command that measures one arm: a JSON job on stdin, a JSON record on stdout."""
+        """Return the command that measures one arm: a JSON job on stdin, a JSON record on stdout.
+
+        The fields of the job are those :meth:`expertier.comparison.runner.Runner.run` sends; the record has a
+        ``status`` and either ``figures`` (:class:`expertier.comparison.records.Figures`) or a ``reason``.
+        """
 
     def open(self, model: Path, options: OffloadOptions, settings: EngineSettings) -> Session:
         """Load a model with Expertier."""

@@ -46,7 +46,7 @@ def draw(comparison: Comparison, summary: Summary, path: Path) -> None:
         _name(axes[0], "Decode", "tokens per second, higher is better")
         bars.label_ratios(axes[0])
         bars.draw(axes[1], "ttft_long_seconds", lambda figures: figures.ttft_long_seconds)
-        _name(axes[1], f"First token of {comparison.settings.long_prompt}", "seconds after loading, lower is better")
+        _name(axes[1], "First token", f"seconds for a {comparison.settings.long_prompt}-token prompt, lower is better")
         bars.draw(axes[2], "peak_memory_bytes", None, scale=_GIB)
         bars.draw_limits(axes[2])
         _name(axes[2], "Peak memory", "GiB, page cache included; the line is the limit")
@@ -55,7 +55,7 @@ def draw(comparison: Comparison, summary: Summary, path: Path) -> None:
         model = comparison.model
         figure.suptitle(
             f"{model.name}: {format_bytes(model.file_bytes)}, {model.layers} layers x {model.experts} experts",
-            x=0.01,
+            x=0.012,
             ha="left",
             fontsize=13,
             fontweight="bold",
@@ -64,7 +64,7 @@ def draw(comparison: Comparison, summary: Summary, path: Path) -> None:
         pyplot.close(figure)
 
 
-def _style() -> dict[str, Any]:
+def _style() -> Any:  # matplotlib types the keys one by one
     return {
         "font.family": "sans-serif",
         "font.size": 9.5,
@@ -182,4 +182,5 @@ class _Bars:
         amount = next(arm.limit_bytes for (name, _), (arm, _) in self._arms.items() if name == limit)
         if amount is None:
             return "no limit"
-        return f"{format_bytes(amount)}\n{limit} of the model" if limit.endswith("%") else format_bytes(amount)
+        size = format_bytes(amount).replace(".00 ", " ")
+        return f"{size}\n({limit})" if limit.endswith("%") else size

@@ -82,7 +82,7 @@ class Runner:
         repeats : int
             How often. Each repeat begins with another arm, so that none always profits from its place.
         on_start, on_done, on_repeat : callable
-            Told about progress; ``on_done`` gets the arm with the new run in it.
+            Told about progress (the repeat -1 is preparation); ``on_done`` gets the arm with the new run in it.
 
         Returns
         -------
@@ -96,6 +96,7 @@ class Runner:
         records = {index: arm for index, arm in enumerate(arms)}
         runnable = [index for index, arm in records.items() if arm.status != "not run"]
         with _termination_unwinds():
+            self._prepare_all([records[index] for index in runnable], on_start)
             for repeat in range(repeats):
                 on_repeat(repeat)
                 turn = repeat % max(1, len(runnable))
@@ -112,12 +113,26 @@ class Runner:
                     on_done(arm, run)
         return tuple(records.values())
 
+    def _prepare_all(self, arms: Sequence[ArmRecord], on_start: OnStart) -> None:
+        """Let every kind of Expertier arm make, outside limits and measurements, what is made once per model.
+
+        If that fails, the arm itself will fail for the same reason and say so.
+        """
+        prepared: list[dict[str, Any]] = []
+        for arm in arms:
+            settings = {name: value for name, value in arm.settings.items() if name != "budget"}
+            if arm.ours and settings not in prepared:
+                prepared.append(settings)
+                on_start(arm, -1)
+                unlimited = replace(arm, limit_bytes=None, settings={**settings, "budget": "auto"})
+                self._process(unlimited, {"prepare": True})
+
     def run(self, arm: ArmRecord, repeat: int) -> Run:
         """Run one arm once."""
         cached = drop_caches(self._workload.files)
         with self._readahead.at(arm.readahead_kb):
             started = time.perf_counter()
-            code, output, errors, usage = self._process(arm)
+            code, output, errors, usage = self._process(arm, {})
             wall = time.perf_counter() - started
         status, reason, figures = _verdict(arm, code, output, errors, usage, self._workload.timeout)
         return Run(
@@ -131,10 +146,11 @@ class Runner:
             figures=figures,
         )
 
-    def _process(self, arm: ArmRecord) -> tuple[int | None, str, str, Usage]:
+    def _process(self, arm: ArmRecord, extra: Mapping[str, Any]) -> tuple[int | None, str, str, Usage]:
         """Exit code (``None``: it took too long), stdout, stderr, memory."""
         job = {
             **self._workload.job,
+            **extra,
             "model": str(self._workload.model),
             "ours": arm.ours,
             "settings": {} if arm.ours else arm.settings,
