@@ -22,7 +22,6 @@ TORCH := torch==2.13.0
 # The model of `make demo`; empty means: build the small reference model first.
 MODEL ?=
 DEMO_OUT ?= examples/benchmarks/demo
-DEMO_MODEL = $(or $(MODEL),$(shell cat $(STAMPS)/reference-model 2>/dev/null))
 
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --quiet
 
@@ -57,15 +56,15 @@ $(STAMPS)/installed: $(STAMPS)/engine $(STAMPS)/torch pyproject.toml
 	@$(PIP_INSTALL) --editable '.[llamacpp,train,test]'
 	@touch $@
 
-demo: $(STAMPS)/installed $(if $(MODEL),,$(STAMPS)/reference-model) ## stock llama.cpp and Expertier side by side under three memory limits
-	$(BIN)/expertier compare '$(DEMO_MODEL)' --engine llamacpp --limit 33% --limit 60% --limit none --quick --out $(DEMO_OUT)
-
-# The script keeps its products in the cache directory and returns at once when they are there.
-$(STAMPS)/reference-model: $(STAMPS)/installed $(wildcard examples/reference_model/*.py)
-	@echo 'training and widening the reference model (about 4 minutes, once)'
-	@$(BIN)/python examples/reference_model/build.py --size 1GB --type F16 --minutes 3 | tee $@.log
-	@tail -n 1 $@.log > $@
-	@test -f "$$(cat $@)" || { echo "the last line of build.py names no file: $$(cat $@)" >&2; exit 1; }
+# Trained base and product are kept in the cache directory: the second time the script only finds them.
+demo: $(STAMPS)/installed ## stock llama.cpp and Expertier side by side under three memory limits
+	@model='$(MODEL)'; \
+	if [ -z "$$model" ]; then \
+		echo 'reference model: trained and widened once (about 4 minutes), then kept'; \
+		folder="$$($(BIN)/python -c 'from expertier.paths import cache_dir; print(cache_dir() / "reference")')"; \
+		model="$$($(BIN)/python examples/reference_model/build.py --out "$$folder" --size 1GB --type F16 --minutes 3 | sed -n '/\.gguf$$/p')"; \
+	fi; \
+	$(BIN)/expertier compare "$$model" --engine llamacpp --limit 33% --limit 60% --limit none --quick --out '$(DEMO_OUT)'
 
 test: lint unit ## everything CI runs: linter, formatter, types, all tests
 
