@@ -252,7 +252,11 @@ class OffloadManager:
         wanted = (chosen[0] if chosen.ndim == 2 and len(chosen) == 1 else np.unique(chosen)) + self._base[layer]
         with self._lock:
             self._check_open()
-            if (self._state[wanted] == _RESIDENT).all():
+            try:
+                resident = (self._state[wanted] == _RESIDENT).all()
+            except IndexError:
+                resident = False  # refused below, with words
+            if resident:
                 if self._requests:
                     self._cancel_other_prefetches(layer)
                 self._pins[wanted] += 1

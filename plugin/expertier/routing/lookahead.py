@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 
 import numpy as np
@@ -39,13 +40,14 @@ class Lookahead:
         top_k: Mapping[int, int],
     ) -> None:
         layers = sorted(gates)
-        self._next = dict(zip(layers, layers[1:], strict=False))
+        self._next = dict(itertools.pairwise(layers))
         self._weights: dict[int, NDArray[np.float32]] = {}
         for layer, following in self._next.items():
             weight = gates[following]
             if layer in norms and following in norms:
                 here = norms[layer]
-                weight = weight * (norms[following] / np.where(here == 0, 1, here))
+                correction = norms[following] / np.where(here == 0, 1, here)
+                weight = weight * correction.astype(np.float32)
             self._weights[layer] = np.ascontiguousarray(weight, np.float32)
         self._top_k = dict(top_k)
         self._precision = {layer: np.full(2 * top_k[layer], 0.5) for layer in layers}
