@@ -1,4 +1,4 @@
-"""A feature that loses turns itself off: prefetching is kept only while steps with it are quicker than steps without."""
+"""A feature that loses turns itself off: prefetching stays only while steps with it are quicker than without."""
 
 from __future__ import annotations
 

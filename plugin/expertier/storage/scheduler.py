@@ -53,7 +53,7 @@ class ReadRequest:
 
 
 Completion = Callable[[ReadRequest, BaseException | None, bool], None]
-"""Called once per request from an I/O thread (or from :meth:`IoScheduler.cancel`) as ``(request, error, cancelled)``."""
+"""Called once per request as ``(request, error, cancelled)``, from an I/O thread or :meth:`IoScheduler.cancel`."""
 
 
 class IoScheduler:
