@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import glob
 import hashlib
 import logging
 import sys
@@ -43,6 +44,7 @@ logger = logging.getLogger("expertier")
 _THREADS = 2
 _SLOTS = 2 * _THREADS  # experts in work or waiting to be written
 _DEVICE_CPU, _DEVICE_ACCELERATOR = 0, 3  # upstream: enum ggml_backend_dev_type (ggml/include/ggml-backend.h)
+_TAIL = len(PackKey(model="", content="", layout="", library="").short + SUFFIX)
 _PROBE_TOKENS = 512  # what llama.cpp's own probe uses; kernels may depend on it
 _TYPE_IDS = {name: number for number, (name, _, _) in TENSOR_TYPES.items()}
 
@@ -408,6 +410,9 @@ def _repack_one(
 @contextlib.contextmanager
 def _announce(path: Path, size: int) -> Iterator[Callable[[int], None]]:
     text = f"expertier: writing repacked experts ({format_bytes(size)}) to {path}; needed once for this model and CPU"
+    others = sorted(other.name for other in path.parent.glob(f"{glob.escape(path.name[:-_TAIL])}????????{SUFFIX}"))
+    if others:
+        text += f"\nexpertier: of other versions of model, engine or CPU, delete if not needed: {', '.join(others)}"
     if not sys.stderr.isatty():
         print(text, file=sys.stderr)
         yield lambda _: None

@@ -255,6 +255,17 @@ def test_the_sidecar_lies_next_to_the_model_and_is_written_once(
 
 
 @needs_q4_k
+def test_sidecars_of_other_versions_are_named_when_a_new_one_is_written(
+    tiny_model: TinyModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = shutil.copy(tiny_model(Q4_K), tmp_path / "m [1].gguf")
+    for name in ("m [1].0123abcd.expertier", "m 1.0123abcd.expertier", "m [1].x.0123abcd.expertier"):
+        (tmp_path / name).touch()
+    choose_kernels(read_gguf(path), read_layout(path), OffloadOptions())
+    assert "delete if not needed: m [1].0123abcd.expertier\n" in capsys.readouterr().err
+
+
+@needs_q4_k
 def test_every_expert_of_the_sidecar_is_the_repacked_expert_of_the_model(tiny_model: TinyModel, tmp_path: Path) -> None:
     path = tiny_model(Q4_K)
     pack = kernels_of(path, tmp_path).pack
