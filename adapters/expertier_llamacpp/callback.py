@@ -91,6 +91,9 @@ class EvalHook:
         # Nodes that may carry the chosen ids: a view of the sorted ids, or whatever a model computes them with.
         self._other_topk_ops = frozenset(ggml.op_number(name) for name in ("VIEW", "TOP_K", "GET_ROWS", "CPY", "CONT"))
         self._lease: Lease | None = None
+        self._kept: list[Lease] = []  # of layers whose multiplications were asked about but not computed yet
+        self._lease_is_whole = False
+        self._uncomputed = False  # whether there are such with the current lease
         self._topk_node = 0
         self._previous_layer = -1
         self._step_open = False
@@ -124,9 +127,12 @@ class EvalHook:
             raise error
 
     def _release(self) -> None:
-        if self._lease is not None:
-            self._lease.release()
-            self._lease = None
+        for lease in (self._lease, *self._kept):
+            if lease is not None:
+                lease.release()
+        self._lease = None
+        self._kept.clear()
+        self._uncomputed = False
 
     # ---- the callback
 
@@ -143,7 +149,10 @@ class EvalHook:
                 if stop:
                     self._stopped_at = node
                 return stop
-            self._stopped_at = 0
+            stopped_at, self._stopped_at = self._stopped_at, 0
+            self._uncomputed = False
+            if node != stopped_at and self.error is None:
+                self.error = _lost_callback()
             if self.signals.interrupted and self.error is None:
                 self.error = _InterruptedError()
             if self.error is None and op in self._other_topk_ops:
@@ -173,6 +182,7 @@ class EvalHook:
         self._topk_node = self.compute_node = node
         self._manager.observe(layer, routes)
         self._lease = self._manager.acquire(layer, routes, wait=False)
+        self._lease_is_whole = False
         self._owed_layer = layer
         if self._prefetcher is not None:
             self._prefetcher.after_router(layer, routes, node)
@@ -187,24 +197,35 @@ class EvalHook:
                 raise self.error
             layer, stage = managed
             lease = self._lease
+            announced = True
             if lease is None or lease.layer != layer or WORDS[word + 2] != self._topk_node:
                 if not ggml.Tensor.from_address(WORDS[word + 2]).ne[1]:
                     return False  # the last layer of a micro-batch that wants no output multiplies nothing
                 lease = self._whole_layer(layer)
+                announced = False
             lease.wait(stage)
         except BaseException:
             MEMORY[node + OP_OFFSET] = self._no_op
             self._disarmed.append(node)
             raise
-        if stage < self._last_stage[layer]:
-            return not lease.ready(self._last_stage[layer])
-        self._owed_layer = -1
-        return False
+        if stage == self._last_stage[layer]:
+            self._owed_layer = -1
+        # Without a stop at the next layer's routes, its multiplications would be asked about before these are computed.
+        stop = not announced or (stage < self._last_stage[layer] and not lease.ready(self._last_stage[layer]))
+        self._uncomputed = not stop
+        return stop
 
     def _whole_layer(self, layer: int) -> Lease:
         """Load all experts of a layer whose routes were not seen, or are not the ids this node uses."""
-        self._release()
+        if self._lease is not None and self._lease.layer == layer and self._lease_is_whole:
+            return self._lease
+        if self._lease is not None and self._uncomputed:
+            self._kept.append(self._lease)
+            self._lease = None
+        else:
+            self._release()
         self._lease = self._manager.acquire(layer, np.arange(self._experts[layer]), wait=False)
+        self._lease_is_whole = True
         return self._lease
 
 
