@@ -1,9 +1,9 @@
 """Budget "auto": experts get what a step does not need, and give it back when a longer prompt comes.
 
 llama.cpp allocates its compute buffer for ``n_ubatch`` tokens. A prompt touches it in proportion to its length,
-decoding one token hardly at all; the pages once touched stay resident for good. Reserving the whole buffer for ever would cost a
-sixth of the experts at the sizes measured, so the governor shrinks the expert budget before a long step, and after it
-gives the untouched-again pages of the compute buffer back to the system and the room to the experts.
+decoding one token hardly at all; the pages once touched stay resident for good. Reserving the whole buffer for ever
+would cost a sixth of the experts at the sizes measured, so the governor shrinks the expert budget before a long step,
+and after it gives the pages of the compute buffer back to the system and the room to the experts.
 """
 
 from __future__ import annotations
