@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from expertier import __version__
-from expertier.budget import format_bytes
+from expertier.budget import format_bytes, parse_budget
 from expertier.catalog.gguf import read_gguf
 from expertier.catalog.types import Catalog
 from expertier.cli.engines import get_adapter
@@ -66,6 +66,7 @@ def compare(request: CompareRequest) -> None:
     """Run a comparison, write its record and figure, print its table."""
     adapter = get_adapter(request.engine)
     catalog = read_gguf(request.model)
+    parse_budget(request.options.budget, catalog.total_expert_bytes)  # a typing error shows now, not as failed arms
     limits = [parse_limit(text, catalog.file_bytes) for text in request.limits]
     out = _prepare(request.out)
     confinement, reasons = find_confinement()

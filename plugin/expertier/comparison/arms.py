@@ -127,13 +127,8 @@ def plan_arms(
         stock = _stock_arms(adapter, catalog, limit, ability)
         ours = [_our_arm(catalog, limit, options, ability)]
         for name, changes in (variants or {}).items():
-            ours.append(
-                replace(
-                    _our_arm(catalog, limit, {**options, **changes}, ability),
-                    key=f"{_OURS}-{name}",
-                    label=f"Expertier, {name}",
-                )
-            )
+            settings = {**ours[0].settings, **changes}
+            ours.append(replace(ours[0], key=f"{_OURS}-{name}", label=f"Expertier, {name}", settings=settings))
         arms += [_runnable(arm, limit, ability) for arm in (*stock, *ours)]
     if only is not None:
         unknown = set(only) - {arm.key for arm in arms}
@@ -169,7 +164,11 @@ def _stock_arms(adapter: Adapter, catalog: Catalog, limit: Limit, ability: Abili
 
 def _our_arm(catalog: Catalog, limit: Limit, options: Mapping[str, Any], ability: Ability) -> ArmRecord:
     chosen = dict(options)
-    if limit.limit_bytes is None and ability.memory_left > catalog.file_bytes * 11 // 10:
+    if (
+        limit.limit_bytes is None
+        and chosen.get("budget") == "auto"
+        and ability.memory_left > catalog.file_bytes * 11 // 10
+    ):
         chosen["budget"] = "100%"  # nothing is scarce: what does the machinery itself cost?
     return ArmRecord(
         key=_OURS,

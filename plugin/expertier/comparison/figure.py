@@ -42,12 +42,12 @@ def draw(comparison: Comparison, summary: Summary, path: Path) -> None:
             1, 3, figsize=(max(11.0, 3.2 * len(limits) + 3.5), 4.6), width_ratios=(1.5, 1, 1), layout="constrained"
         )
         bars = _Bars(comparison, summary, limits, labels, colours)
-        bars.draw(axes[0], "tokens_per_second", lambda figures: figures.tokens_per_second)
+        bars.draw(axes[0], lambda arm: arm.tokens_per_second, lambda figures: figures.tokens_per_second)
         _name(axes[0], "Decode", "tokens per second, higher is better")
         bars.label_ratios(axes[0])
-        bars.draw(axes[1], "ttft_long_seconds", lambda figures: figures.ttft_long_seconds)
+        bars.draw(axes[1], lambda arm: arm.ttft_long_seconds, lambda figures: figures.ttft_long_seconds)
         _name(axes[1], "First token", f"seconds for a {comparison.settings.long_prompt}-token prompt, lower is better")
-        bars.draw(axes[2], "peak_memory_bytes", None, scale=_GIB)
+        bars.draw(axes[2], lambda arm: _gib(arm.peak_memory_bytes or arm.peak_rss_bytes), None)
         bars.draw_limits(axes[2])
         _name(axes[2], "Peak memory", "GiB, page cache included; the line is the limit")
         handles, names = axes[0].get_legend_handles_labels()
@@ -96,6 +96,10 @@ def _colours(summary: Summary, labels: Sequence[str]) -> dict[str, str]:
     }
 
 
+def _gib(amount: int | None) -> float | None:
+    return None if amount is None else amount / _GIB
+
+
 def _name(axes: Axes, title: str, subtitle: str) -> None:
     axes.set_title(title, loc="left", fontsize=11.5, fontweight="bold", pad=20)
     axes.text(0, 1.02, subtitle, transform=axes.transAxes, color=_FAINT, fontsize=8.5, va="bottom")
@@ -128,33 +132,44 @@ class _Bars:
             for index, label in enumerate(present):
                 self._places[limit, label] = centre + (index - (len(present) - 1) / 2) * self._width
 
-    def draw(self, axes: Axes, field: str, raw: Callable[[Figures], float] | None, *, scale: float = 1.0) -> None:
-        top = max((getattr(short, field) or 0 for _, short in self._arms.values()), default=0) / scale or 1.0
+    def draw(
+        self,
+        axes: Axes,
+        height: Callable[[ArmSummary], float | None],
+        raw: Callable[[Figures], float] | None,
+    ) -> None:
         for label in self._labels:
             keys = [key for key in self._places if key[1] == label]
-            heights = [(getattr(self._arms[key][1], field) or 0) / scale for key in keys]
-            axes.bar(
-                [self._places[key] for key in keys],
-                heights,
-                self._width * 0.92,
-                color=self._colours[label],
-                label=label,
-                zorder=2,
-            )
-            for key, height in zip(keys, heights, strict=True):
-                arm, short = self._arms[key]
-                if not short.runs and not height:
-                    axes.text(
-                        self._places[key], top * 0.02, short.status, rotation=90, ha="center", va="bottom",
-                        fontsize=8, color=_FAINT,
-                    )  # fmt: skip
-                values = [raw(run.figures) / scale for run in arm.runs if raw is not None and run.figures is not None]
-                if len(values) > 1:
-                    axes.plot(
-                        [self._places[key]] * len(values), values, ".", color=_INK, markersize=3.5, alpha=0.55, zorder=3
-                    )
+            heights = [height(self._arms[key][1]) or 0 for key in keys]
+            places = [self._places[key] for key in keys]
+            axes.bar(places, heights, self._width * 0.92, color=self._colours[label], label=label, zorder=2)
+            for key, value in zip(keys, heights, strict=True):
+                self._decorate(axes, key, value, raw)
         axes.set_xticks(range(len(self._limits)), [self._limit_name(limit) for limit in self._limits])
         axes.set_xlim(-0.55, len(self._limits) - 0.45)
+
+    def _decorate(
+        self, axes: Axes, key: tuple[str, str], height: float, raw: Callable[[Figures], float] | None
+    ) -> None:
+        """Say why there is no bar; put a dot per repeat on those there are."""
+        arm, short = self._arms[key]
+        place = self._places[key]
+        if not short.runs and not height:
+            where = axes.get_xaxis_transform()  # x in data, y as a share of the axis
+            axes.text(
+                place,
+                0.02,
+                short.status,
+                transform=where,
+                rotation=90,
+                ha="center",
+                va="bottom",
+                color=_FAINT,
+                fontsize=8,
+            )
+        values = [raw(run.figures) for run in arm.runs if raw is not None and run.figures is not None]
+        if len(values) > 1:
+            axes.plot([place] * len(values), values, ".", color=_INK, markersize=3.5, alpha=0.55, zorder=3)
 
     def label_ratios(self, axes: Axes) -> None:
         for key, (_, short) in self._arms.items():
