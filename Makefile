@@ -51,6 +51,8 @@ $(STAMPS)/torch: $(STAMPS)/venv
 	@$(PIP_INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) '$(TORCH)'
 	@touch $@
 
+# pip fetches setuptools for the isolated build; without a registry, install setuptools>=77 into .venv and set
+# PIP_NO_BUILD_ISOLATION=0 (pip's spelling of "do not isolate").
 $(STAMPS)/installed: $(STAMPS)/engine $(STAMPS)/torch pyproject.toml
 	@echo 'installing expertier and its tools'
 	@$(PIP_INSTALL) --editable '.[llamacpp,train,test]'
