@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 import logging
 import sys
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -34,6 +36,7 @@ logger = logging.getLogger("expertier")
 
 _instances: weakref.WeakSet[Llama] = weakref.WeakSet()
 _KEYWORD = "expert_"
+_PATIENCE = 10.0  # seconds the end of the program waits for a step in another thread
 
 
 class Llama(llama_cpp.Llama):
@@ -78,6 +81,8 @@ class Llama(llama_cpp.Llama):
     def __init__(self, model_path: str, **kwargs: Any) -> None:
         own = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith(_KEYWORD)}
         self._closing: list[Callable[[], None]] = []
+        self._running = threading.RLock()  # held while a step runs
+        self._last_user = threading.current_thread()
         self._offload_arguments = own
         ggml.self_check()
         options = OffloadOptions.from_mapping({name[len(_KEYWORD) :]: value for name, value in own.items()})
@@ -164,12 +169,13 @@ class Llama(llama_cpp.Llama):
 
     def _guard_compute(self) -> None:
         """Raise what went wrong inside the graph before anyone looks at the output."""
-        hook, governor = self._hook, self._governor
+        hook, governor, running = self._hook, self._governor, self._running
         context: Any = self._ctx  # methods are shadowed on the instance: the class belongs to llama_cpp
 
         def guarded(stock: Callable[[Any], None]) -> Callable[[Any], None]:
             def compute(batch: Any) -> None:
-                with hook.signals:
+                with running, hook.signals:
+                    self._last_user = threading.current_thread()
                     if governor is not None:
                         governor.before(batch.n_tokens())
                     hook.begin()
@@ -204,7 +210,7 @@ class Llama(llama_cpp.Llama):
 
     def close(self) -> None:
         """Free the model, stop the I/O threads and give all memory back."""
-        with HeldSignals():  # freeing a model calls back into Python
+        with self._running, HeldSignals():  # freeing a model calls back into Python
             if hasattr(self, "_stack"):
                 super().close()  # first the model: it still points into our memory
             while self._closing:
@@ -219,7 +225,14 @@ class Llama(llama_cpp.Llama):
 def _close_all() -> None:
     # Freeing a model calls back into Python, which is not possible any more when the interpreter is gone.
     for instance in list(_instances):
-        instance.close()
+        if instance._last_user is threading.main_thread() or not instance._last_user.is_alive():
+            instance.close()
+            continue
+        # A daemon thread may be generating at this moment, and nobody can wait for all of it. It gets to the end of its
+        # step, cannot begin another, and what it uses is left to the system: not even the end of the interpreter may
+        # free it.
+        instance._running.acquire(timeout=_PATIENCE)
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(instance))
 
 
 def _margin(options: OffloadOptions) -> int:

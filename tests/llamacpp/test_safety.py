@@ -743,3 +743,56 @@ def test_touching_an_absent_expert_is_a_crash_and_not_a_number(tiny_model: TinyM
     touched = run_python(TOUCH_ABSENT, path, "absent")
     assert (touched.returncode, touched.stdout) == (-signal.SIGSEGV, "touching\n")
     assert run_python(TOUCH_ABSENT, path, "resident").stdout == "touching\nsurvived\n"
+
+
+GENERATING_AT_THE_END = """
+    import sys, threading, time
+    from pathlib import Path
+    from llamacpp.engines import expertier, trace
+    llm = expertier(Path(sys.argv[1]), "50%")
+    began = threading.Event()
+    def generate():
+        while True:
+            llm.reset()
+            trace(llm)
+            began.set()
+    threading.Thread(target=generate, daemon=True).start()
+    began.wait()
+    time.sleep(float(sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.03, 0.07])
+def test_a_daemon_thread_may_still_generate_when_the_program_ends(plain: Path, delay: float) -> None:
+    result = run_python(GENERATING_AT_THE_END, plain, delay)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_closing_waits_for_the_step_that_runs_in_another_thread(plain: Path, fault: Fault) -> None:
+    reading, go_on = threading.Event(), threading.Event()
+
+    def stall() -> BaseException:
+        reading.set()
+        go_on.wait(10)
+        return OSError(5, "Input/output error")
+
+    fault.error = stall
+    fault.after(3)
+    llm = expertier(plain, "50%")
+    failures: list[BaseException] = []
+
+    def generate() -> None:
+        try:
+            llm.eval(PROMPT)
+        except ExpertLoadError as error:
+            failures.append(error)
+
+    generator, closer = threading.Thread(target=generate), threading.Thread(target=llm.close)
+    generator.start()
+    assert reading.wait(10)
+    closer.start()
+    assert closer.is_alive()
+    go_on.set()
+    generator.join()
+    closer.join()
+    assert len(failures) == 1

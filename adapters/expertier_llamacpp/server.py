@@ -1,0 +1,207 @@
+"""The OpenAI-compatible server of llama-cpp-python, with the experts on storage.
+
+``python -m expertier_llamacpp.server --model m.gguf --expert_budget 8GiB`` takes every option of
+``python -m llama_cpp.server`` and every option of :class:`expertier.config.OffloadOptions` with the prefix ``expert_``,
+on the command line, in the environment (``EXPERT_BUDGET``, or ``EXPERTIER_BUDGET`` as everywhere) and per model in the
+stock ``--config_file``.
+
+Upstream symbols that are touched, all of them public:
+
+* ``llama_cpp.server.settings.ModelSettings`` is subclassed: the options are fields like the stock ones.
+* ``llama_cpp.server.model.LlamaProxy.load_llama_from_model_settings`` is wrapped: it tells the options of the model
+  that is about to be constructed.
+* ``llama_cpp.Llama`` is replaced: it is the class that function constructs, and whose methods the routes call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+
+import llama_cpp
+import pydantic
+import uvicorn
+from fastapi import Depends, HTTPException
+from llama_cpp.server import app as stock_app
+from llama_cpp.server.cli import add_args_from_model, parse_model_from_args
+from llama_cpp.server.model import LlamaProxy
+from llama_cpp.server.settings import ModelSettings, ServerSettings
+
+from expertier.config import OffloadOptions
+from expertier.errors import ExpertierError
+from expertier_llamacpp.llama import Llama
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+PREFIX: Final = "expert_"
+REFUSED: Final = 2
+"""Exit status when the server cannot start as asked."""
+
+_options: ContextVar[dict[str, Any]] = ContextVar("options of the model that is being loaded")
+
+
+def _option_fields() -> dict[str, Any]:
+    """Pydantic field definitions for every option of the one table; ``None`` means not given."""
+    hints = get_type_hints(OffloadOptions)
+    found: dict[str, Any] = {}
+    for option in fields(OffloadOptions):
+        kinds = get_args(hints[option.name])
+        if get_origin(hints[option.name]) is Literal:
+            kinds = (hints[option.name], bool)  # YAML reads `on` and `off` as truth values
+        # The stock command line understands typing.Union only, and converts to its first type.
+        kind: Any = Union.__getitem__((*(kinds or (hints[option.name],)), None))
+        described = f"{option.metadata['help']} (default: {option.default})"
+        found[PREFIX + option.name] = (kind, pydantic.Field(default=None, description=described))
+    return found
+
+
+class _LockingOff(ModelSettings):
+    # The stock server asks to lock the whole model in memory: the opposite of a bounded budget.
+    use_mlock: bool = pydantic.Field(default=False, description="Use mlock (for everything but the experts).")
+
+
+OffloadModelSettings: Final[Any] = pydantic.create_model(
+    "OffloadModelSettings", __base__=_LockingOff, **_option_fields()
+)
+"""The stock model settings and the options of Expertier."""
+
+
+class OffloadSettings(ServerSettings, OffloadModelSettings):  # type: ignore[misc]
+    """Everything the command line takes for one model."""
+
+
+class OffloadConfigFile(ServerSettings):
+    """The stock configuration file, whose models may carry options of Expertier."""
+
+    models: list[OffloadModelSettings] = pydantic.Field(default=[], description="Model configs")
+
+
+class ServedLlama(Llama):
+    """What the stock server constructs in place of ``llama_cpp.Llama``."""
+
+    def __init__(self, model_path: str, **kwargs: Any) -> None:
+        super().__init__(model_path, **{**_options.get({}), **kwargs})
+        if not kwargs.get("verbose", True):  # else it was printed
+            print(self.mode_line(), file=sys.stderr)
+
+
+def _with_options(stock: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def load(settings: Any) -> Any:
+        names = [PREFIX + option.name for option in fields(OffloadOptions)]
+        given = {name: getattr(settings, name, None) for name in names}
+        token = _options.set({name: value for name, value in given.items() if value is not None})
+        try:
+            return stock(settings)
+        finally:
+            _options.reset(token)
+
+    return load
+
+
+def create_app(server: ServerSettings, models: Sequence[ModelSettings]) -> FastAPI:
+    """Build the stock application over offloaded models, and load the first model.
+
+    Parameters
+    ----------
+    server : ServerSettings
+        Host, port, keys and the like.
+    models : sequence of OffloadModelSettings
+        The models it can serve; one is loaded at a time.
+
+    Raises
+    ------
+    ExpertierError
+        When the first model cannot be loaded as asked.
+    """
+    stock_load = LlamaProxy.load_llama_from_model_settings
+    if llama_cpp.Llama is not ServedLlama:
+        llama_cpp.Llama = ServedLlama  # type: ignore[misc]
+        setattr(LlamaProxy, "load_llama_from_model_settings", staticmethod(_with_options(stock_load)))  # noqa: B010
+    # The stock function would read the file again, without our options.
+    config_file = os.environ.pop("CONFIG_FILE", None)
+    try:
+        app: FastAPI = stock_app.create_app(server_settings=server, model_settings=list(models))
+    finally:
+        if config_file is not None:
+            os.environ["CONFIG_FILE"] = config_file
+
+    app.add_api_route(
+        "/expertier/stats", _stats, dependencies=[Depends(stock_app.authenticate)], tags=["Expertier"], methods=["GET"]
+    )
+    return app
+
+
+def _stats() -> dict[str, Any]:
+    """Counters of the model that is loaded now; answered while it generates, too."""
+    proxy = stock_app._llama_proxy
+    model = None if proxy is None else proxy._current_model
+    if proxy is None or not isinstance(model, Llama):
+        raise HTTPException(503, "No model is loaded.")
+    return {"model": proxy._current_model_alias, "mode": model.mode_line(), **model.offload.stats().as_dict()}
+
+
+def _read_config(path: Path) -> OffloadConfigFile:
+    text = path.read_text()
+    if path.suffix in (".yaml", ".yml"):
+        import yaml  # type: ignore[import-untyped]
+
+        text = json.dumps(yaml.safe_load(text))
+    return OffloadConfigFile.model_validate_json(text)
+
+
+def _settings(arguments: Sequence[str] | None) -> tuple[ServerSettings, list[ModelSettings]]:
+    parser = argparse.ArgumentParser(
+        prog="python -m expertier_llamacpp.server",
+        description="The OpenAI-compatible server of llama-cpp-python, with the experts on storage.",
+    )
+    # argparse reads a per cent sign in a help text as a placeholder.
+    add_args_from_model(parser, OffloadSettings)
+    for action in parser._actions:
+        if action.dest.startswith(PREFIX) and action.help:
+            action.help = action.help.replace("%", "%%")
+    parser.add_argument("--config_file", type=str, help="Path to a config file to load.")
+    given = parser.parse_args(arguments)
+    config_file = os.environ.get("CONFIG_FILE", given.config_file)
+    if config_file:
+        config = _read_config(Path(config_file))
+        return ServerSettings.model_validate(config, from_attributes=True), list(config.models)
+    server: Any = parse_model_from_args(ServerSettings, given)
+    return server, [parse_model_from_args(OffloadModelSettings, given)]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Start the server; what cannot be done as asked ends in one line and exit status 2."""
+    try:
+        server, models = _settings(arguments)
+        if not models:
+            raise ValueError("no model was named")
+        app = create_app(server, models)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        _refuse(f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
+    except (ExpertierError, OSError, ValueError, RuntimeError) as error:
+        _refuse(str(error))
+    uvicorn.run(
+        app,
+        host=os.getenv("HOST", server.host),
+        port=int(os.getenv("PORT", server.port)),
+        ssl_keyfile=server.ssl_keyfile,
+        ssl_certfile=server.ssl_certfile,
+    )
+
+
+def _refuse(reason: str) -> NoReturn:
+    print(f"expertier: {' '.join(reason.split())}", file=sys.stderr)
+    sys.exit(REFUSED)
+
+
+if __name__ == "__main__":
+    main()
