@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,20 +11,12 @@ import pytest
 from expertier.errors import BudgetError, ExpertLoadError
 from expertier.manager import ManagerConfig, OffloadManager
 from expertier.storage import PAGE
-from support.fake_engine import WATCHDOG, FakeEngine, LayerShape, Worker, fake_engine, uniform
+from support.fake_engine import FakeEngine, LayerShape, Worker, fake_engine, uniform, until
 
 pytestmark = pytest.mark.timeout(60)
 
 SHAPES = uniform(3, 8)
 SLOT = SHAPES[0].slot_bytes
-
-
-def until(condition: Callable[[], bool]) -> None:
-    """Wait for something another thread does; the limit judges hangs, not speed."""
-    end = time.monotonic() + WATCHDOG
-    while not condition():
-        assert time.monotonic() < end, "it never happened"
-        time.sleep(0.001)
 
 
 def resident(engine: FakeEngine) -> set[tuple[int, int]]:
