@@ -100,6 +100,7 @@ class EvalHook:
         self.error: BaseException | None = None
         self.compute_node = 0  # a tensor of the last graph, by which its compute buffer is found
         self.callback = ggml.EvalCallback(self._on_eval)
+        ggml.narrow_eval_callback(_TOPK, self._mul_mat_id)
 
     # ---- called around llama_decode
 

@@ -167,6 +167,22 @@ def op_number(name: str) -> int:
     raise UnsupportedEngineError(f"This llama.cpp has no operation {name}.", f"Use one of {VERIFIED_VERSIONS}.")
 
 
+def narrow_eval_callback(name_prefix: bytes, op: int) -> bool:
+    """Have llama.cpp ask its eval callbacks only about nodes of `op` and nodes whose name starts with `name_prefix`.
+
+    Only a build with ``patches/0001-c-level-eval-filter.patch`` can; the filter holds for the whole process.
+
+    Returns
+    -------
+    bool
+        Whether the build can.
+    """
+    if not hasattr(base(), "ggml_backend_sched_set_eval_filter"):
+        return False
+    base().ggml_backend_sched_set_eval_filter(c_char_p(name_prefix), c_int(op))
+    return True
+
+
 def tensor_name(address: int) -> str:
     """Name of the tensor at `address`."""
     return ctypes.string_at(address + NAME_OFFSET).decode(errors="replace")
