@@ -181,6 +181,7 @@ class WindowPool:
                     memory.release(window.start(source[1]), window.size)
                 for window in new[index:]:
                     memory.back(window.start(target[1]), window.size, huge=window.size >= HUGE_PAGE)
+                break
         return True
 
     def drop(self, layer: int, expert: int) -> None:

@@ -34,7 +34,7 @@ from expertier.errors import (
 from expertier.manager import OffloadManager
 from expertier.planning.memory import MemoryLimit
 from expertier.storage import StorageFile
-from expertier_llamacpp import Llama, callback, ggml
+from expertier_llamacpp import Llama, callback, ggml, memory
 from expertier_llamacpp import llama as llama_module
 from expertier_llamacpp.buffer import ExpertBufferType
 from llamacpp.engines import PROMPT, TEXT, closing, expertier, settings, sizes, stock_trace, stock_twin, trace
@@ -359,12 +359,59 @@ def test_a_budget_beyond_the_machine_is_refused_and_says_what_there_is(
     assert footprint() == before
 
 
-@pytest.mark.parametrize("budget", ["", "-1", 0, "none", "101%", "8 XB", None, 1.5, True])
+@pytest.mark.parametrize("budget", ["", "-1", 0, "none", "101%", "8 XB", 1.5, True])
 def test_a_budget_that_is_no_amount_is_refused_before_anything_is_opened(plain: Path, budget: Any) -> None:
-    if budget is None:
-        pytest.skip("None is the default")
     with pytest.raises(BudgetError):
         Llama(str(plain), expert_budget=budget, **settings())
+
+
+# ---- kernels that refuse
+
+
+MIXED = TinySpec(hidden=96, feed_forward=96, experts=16, expert_type="Q8_0", down_type="F16")
+
+
+@pytest.mark.parametrize("works", [lambda n: False, lambda n: n % 2 == 0, lambda n: n % 3 == 0], ids=range(3))
+def test_memory_that_cannot_be_moved_is_mapped_anew(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch, works: Callable[[int], bool]
+) -> None:
+    path = tiny_model(MIXED)  # experts of several windows, of which some may move and others not
+    calls = itertools.count()
+    move = memory.move
+    monkeypatch.setattr(memory, "move", lambda *where: works(next(calls)) and move(*where))
+    with closing(expertier(path, sizes(path).layer)) as llm:
+        assert all(len(windows) > 1 for windows in llm.offload._pool._windows.values())
+        assert trace(llm) == stock_trace(path)
+    assert next(calls) > 10
+
+
+@pytest.mark.parametrize("number", [0, 1, 2, 7, 20])
+def test_a_mapping_that_is_refused_is_an_error_and_loses_no_memory(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    path = tiny_model(MIXED)
+    monkeypatch.setattr(memory, "move", lambda *_: False)
+    back = memory.back
+    with closing(expertier(path, sizes(path).layer, expert_lookahead="off")) as llm:
+        calls = itertools.count()
+
+        def refuse(address: int, size: int, *, huge: bool) -> None:
+            if next(calls) == number:
+                raise OSError(12, "Cannot allocate memory")
+            back(address, size, huge=huge)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(memory, "back", refuse)
+            with pytest.raises(ExpertLoadError, match="max_map_count"):
+                trace(llm)
+        accessible = sum(
+            int(end, 16) - int(start, 16)
+            for start, end, mode in re.findall(r"(?m)^(\w+)-(\w+) (\S+)", Path("/proc/self/maps").read_text())
+            if mode != "---p" and any(base <= int(start, 16) < base + size for base, size in llm.offload._pool._regions)
+        )
+        assert accessible == llm.offload.stats().resident_bytes
+        llm.reset()
+        assert trace(llm) == stock_trace(path)
 
 
 # ---- files that are no models
