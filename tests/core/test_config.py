@@ -1,0 +1,129 @@
+"""One table of options: who wins, and what is refused in which words."""
+
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError, fields
+from typing import Any
+
+import pytest
+
+from expertier.config import ENV_PREFIX, OffloadOptions
+from expertier.errors import UnsupportedOptionError
+
+
+@pytest.fixture(autouse=True)
+def no_options_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    for option in fields(OffloadOptions):
+        monkeypatch.delenv(ENV_PREFIX + option.name.upper(), raising=False)
+
+
+def test_without_anything_given_the_defaults_hold() -> None:
+    assert OffloadOptions.from_mapping() == OffloadOptions.from_mapping({}) == OffloadOptions()
+    assert OffloadOptions().budget == "auto"
+
+
+def test_what_is_given_wins_over_the_environment_and_that_over_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EXPERTIER_BUDGET", "3GiB")
+    monkeypatch.setenv("EXPERTIER_POLICY", "lru")
+    options = OffloadOptions.from_mapping({"policy": "edge"})
+    assert (options.budget, options.policy, options.io_threads) == ("3GiB", "edge", 2)
+
+
+def test_none_counts_as_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EXPERTIER_IO_THREADS", "7")
+    assert OffloadOptions.from_mapping({"io_threads": None, "half_life": None}).io_threads == 7
+
+
+def test_every_option_can_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = {
+        "budget": "25%",
+        "policy": "lfru",
+        "half_life": "12.5",
+        "lookahead": "off",
+        "repack": "on",
+        "io_mode": "buffered",
+        "io_threads": "4",
+        "margin": "1GiB",
+        "sidecar_dir": "somewhere",
+    }
+    assert set(texts) == {option.name for option in fields(OffloadOptions)}
+    for name, text in texts.items():
+        monkeypatch.setenv(ENV_PREFIX + name.upper(), text)
+    options = OffloadOptions.from_mapping()
+    converted = {"half_life": 12.5, "io_threads": 4}
+    assert {name: getattr(options, name) for name in texts} == texts | converted
+
+
+def test_numbers_and_switches_are_converted() -> None:
+    options = OffloadOptions.from_mapping(
+        {"io_threads": "3", "half_life": 8, "lookahead": True, "repack": False, "budget": 10**9}
+    )
+    assert (options.io_threads, options.half_life) == (3, 8.0)
+    assert (options.lookahead, options.repack) == ("on", "off")
+    assert options.budget == 10**9
+
+
+def test_every_option_has_a_help_text() -> None:
+    assert all(option.metadata["help"].endswith(".") for option in fields(OffloadOptions))
+
+
+def test_options_do_not_change() -> None:
+    with pytest.raises(FrozenInstanceError):
+        OffloadOptions().budget = "1GiB"  # type: ignore[misc]
+
+
+def test_an_unknown_option_is_refused_with_the_names_that_exist() -> None:
+    with pytest.raises(UnsupportedOptionError, match=r"no option 'buget'.*Options are: budget, half_life"):
+        OffloadOptions.from_mapping({"buget": "1GiB"})
+    with pytest.raises(UnsupportedOptionError, match="no option 'bits'"):
+        OffloadOptions.from_mapping({"bits": None})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"policy": "fifo"}, "policy='fifo' is not possible. Choose from: lfu, lru, lfru, edge."),
+        ({"policy": True}, "policy='on' is not possible."),
+        ({"lookahead": "yes"}, "Choose from: auto, on, off."),
+        ({"io_mode": ["direct"]}, "is not possible"),
+        ({"io_threads": "two"}, "io_threads='two' is not a number."),
+        ({"io_threads": 0}, "io_threads=0 is not above zero."),
+        ({"io_threads": -1}, "io_threads=-1 is not above zero."),
+        ({"io_threads": 1.5}, "io_threads=1.5 is not a whole number."),
+        ({"io_threads": True}, "io_threads=True is not a whole number."),
+        ({"io_threads": float("inf")}, "io_threads=inf is not a number."),
+        ({"half_life": 0}, "half_life=0 is not above zero."),
+        ({"half_life": "-4"}, "half_life='-4' is not above zero."),
+        ({"half_life": float("nan")}, "half_life=nan is not above zero."),
+        ({"half_life": "inf"}, "half_life='inf' is not above zero."),
+        ({"half_life": [16]}, "half_life=[16] is not a number."),
+    ],
+)
+def test_a_value_that_makes_no_sense_is_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(UnsupportedOptionError) as caught:
+        OffloadOptions.from_mapping(given)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "message"),
+    [
+        ("EXPERTIER_POLICY", "mru", "EXPERTIER_POLICY='mru' is not possible."),
+        ("EXPERTIER_IO_THREADS", "", "EXPERTIER_IO_THREADS='' is not a number."),
+        ("EXPERTIER_HALF_LIFE", "0", "EXPERTIER_HALF_LIFE='0' is not above zero."),
+    ],
+)
+def test_what_is_wrong_in_the_environment_is_named_by_its_variable(
+    variable: str, text: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, text)
+    with pytest.raises(UnsupportedOptionError, match=variable) as caught:
+        OffloadOptions.from_mapping()
+    assert message in str(caught.value)
+
+
+def test_a_bad_environment_does_not_matter_where_something_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EXPERTIER_POLICY", "mru")
+    assert OffloadOptions.from_mapping({"policy": "lru"}).policy == "lru"
+    with pytest.raises(UnsupportedOptionError, match=r"^policy='x'"):
+        OffloadOptions.from_mapping({"policy": "x"})
