@@ -210,6 +210,18 @@ def test_ratios_are_paired_by_repeat_and_against_the_fastest_stock_arm_under_the
     assert (ratio.median, ratio.low, ratio.high) == pytest.approx((2.0, 1.0, 4.0))
 
 
+def test_the_first_token_is_compared_with_the_stock_arm_that_is_soonest_there() -> None:
+    slow_decode = arm("stock-readahead", 1, [0.5])
+    [run] = slow_decode.runs
+    assert run.figures is not None
+    soon = dataclasses.replace(run, figures=dataclasses.replace(run.figures, ttft_long_seconds=0.1))
+    result = summarise(
+        comparison(arm("stock", 1, [0.2]), dataclasses.replace(slow_decode, runs=(soon,)), arm("expertier", 1, [0.1]))
+    )
+    ratio = result.arms[2].ttft_against_stock
+    assert ratio is not None and ratio.median == pytest.approx(0.1)
+
+
 def test_the_bound_is_the_larger_of_compute_and_reading() -> None:
     stock = arm("stock", None, [0.05])
     reading = summarise(comparison(stock, arm("expertier", 1, [0.4], read=4 * 200_000_000))).arms[1]
@@ -295,6 +307,8 @@ def test_stock_runs_at_its_best_readahead_and_at_that_of_the_machine(tiny_model:
     assert arms["1GiB", "stock-readahead"].readahead_kb is None
     assert arms["none", "expertier"].settings["budget"] == "100%"
     assert arms["1GiB", "expertier"].settings["budget"] == "auto"
+    more = planned(tiny_model(TinySpec()), ABLE, readaheads=(64, 512))
+    assert [item.readahead_kb for (limit, _), item in more.items() if limit == "1GiB"] == [64, 512, None, None]
     usual = planned(tiny_model(TinySpec()), dataclasses.replace(ABLE, readahead_kb=128, readahead="not root"))
     assert ("1GiB", "stock-readahead") not in usual
     assert usual["1GiB", "stock"].status == "ok"

@@ -140,6 +140,10 @@ def compare(
     out: Annotated[
         Path | None, typer.Option("--out", help="Directory for record and figure. \\[default: in the cache directory]")
     ] = None,
+    readahead: Annotated[
+        list[int] | None,
+        typer.Option("--readahead", min=4, help="KiB of readahead for stock under a limit. \\[default: 128]"),
+    ] = None,
     n_ubatch: Ubatch = 512,
     threads: Threads = None,
     wait_policy: Annotated[str, typer.Option("--wait-policy", help="OMP_WAIT_POLICY of all arms.")] = "passive",
@@ -149,6 +153,7 @@ def compare(
     """Measure the stock engine and Expertier side by side under the same memory limits."""
     from expertier.cli.compare import CompareRequest
     from expertier.cli.compare import compare as command
+    from expertier.comparison.arms import USUAL_READAHEAD_KB
     from expertier.comparison.hardware import cores
 
     command(
@@ -163,6 +168,7 @@ def compare(
             arms=tuple(part.strip() for part in arms.split(",") if part.strip()) if arms is not None else None,
             variants=tuple(variant or ()),
             out=out,
+            readaheads=tuple(dict.fromkeys(readahead or (USUAL_READAHEAD_KB,))),
             n_ubatch=n_ubatch,
             threads=threads or cores(),
             wait_policy=wait_policy,

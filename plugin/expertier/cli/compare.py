@@ -55,6 +55,7 @@ class CompareRequest:
     arms: tuple[str, ...] | None
     variants: tuple[str, ...]
     out: Path | None
+    readaheads: tuple[int, ...]
     n_ubatch: int
     threads: int
     wait_policy: str
@@ -85,6 +86,7 @@ def compare(request: CompareRequest) -> None:
         ability=ability,
         variants=_variants(request.variants, request.options),
         only=request.arms,
+        readaheads=request.readaheads,
     )
     texts_wanted = min(_TEXTS, request.tokens)
     per_text = -(-request.tokens // texts_wanted)

@@ -14,8 +14,8 @@ from expertier.errors import BudgetError, UnsupportedOptionError
 if TYPE_CHECKING:
     from expertier.cli.engines import Adapter
 
-BEST_READAHEAD_KB = 128
-"""Stock's best setting for experts read by page faults, and the usual one of Linux."""
+USUAL_READAHEAD_KB = 128
+"""What Linux sets unless told otherwise, and better than much more for experts read by page faults."""
 
 _OURS = "expertier"
 
@@ -97,6 +97,7 @@ def plan_arms(
     ability: Ability,
     variants: Mapping[str, Mapping[str, Any]] | None = None,
     only: Sequence[str] | None = None,
+    readaheads: Sequence[int] = (USUAL_READAHEAD_KB,),
 ) -> tuple[ArmRecord, ...]:
     """List all arms, those that cannot be run on this machine included, with the reason.
 
@@ -116,6 +117,8 @@ def plan_arms(
         Further Expertier arms: name to the options that differ.
     only : sequence of str, optional
         Keys of the arms to keep.
+    readaheads : sequence of int
+        KiB at which stock runs under a limit, besides the setting as found.
 
     Raises
     ------
@@ -124,7 +127,7 @@ def plan_arms(
     """
     arms: list[ArmRecord] = []
     for limit in limits:
-        stock = _stock_arms(adapter, catalog, limit, ability)
+        stock = _stock_arms(adapter, catalog, limit, ability, readaheads)
         ours = [_our_arm(catalog, limit, options, ability)]
         for name, changes in (variants or {}).items():
             settings = {**ours[0].settings, **changes}
@@ -141,9 +144,11 @@ def plan_arms(
     return tuple(arms)
 
 
-def _stock_arms(adapter: Adapter, catalog: Catalog, limit: Limit, ability: Ability) -> list[ArmRecord]:
+def _stock_arms(
+    adapter: Adapter, catalog: Catalog, limit: Limit, ability: Ability, readaheads: Sequence[int]
+) -> list[ArmRecord]:
     limited = limit.limit_bytes is not None
-    own = ability.readahead_kb
+    found = ability.readahead_kb
     arms = []
     for index, variant in enumerate(adapter.stock_variants(catalog, limited=limited)):
         arm = ArmRecord(
@@ -153,11 +158,16 @@ def _stock_arms(adapter: Adapter, catalog: Catalog, limit: Limit, ability: Abili
             limit=limit.text,
             limit_bytes=limit.limit_bytes,
             settings=variant.settings,
-            readahead_kb=BEST_READAHEAD_KB if limited and own is not None else None,
+            readahead_kb=readaheads[0] if limited and found is not None else None,
         )
         arms.append(arm)
-        if limited and index == 0 and own is not None and own != BEST_READAHEAD_KB:
-            label = f"{variant.label}, readahead {own} KiB as found"
+        if not limited or index or found is None:
+            continue
+        for other in readaheads[1:]:
+            label = f"{variant.label}, readahead {other} KiB"
+            arms.append(replace(arm, key=f"{variant.key}-readahead-{other}", label=label, readahead_kb=other))
+        if found not in readaheads:
+            label = f"{variant.label}, readahead {found} KiB as found"
             arms.append(replace(arm, key=f"{variant.key}-readahead", label=label, readahead_kb=None))
     return arms
 

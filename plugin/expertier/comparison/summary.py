@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -37,7 +37,8 @@ class ArmSummary:
     ttft_long_seconds, ttft_short_seconds, load_seconds : float or None
         Time to the first token of the long prompt and of the short ones; loading.
     ttft_against_stock : Ratio or None
-        Stock's time to the first token of the long prompt over this arm's: above 1 is faster.
+        Time to the first token of the long prompt of the stock arm that is soonest there, over this arm's: above 1
+        is faster.
     peak_memory_bytes, peak_rss_bytes : int or None
         Largest over repeats.
     read_bytes_per_token : float or None
@@ -119,11 +120,15 @@ def summarise(comparison: Comparison) -> Summary:
     """Work out medians, ratios, bounds and identity from the raw figures."""
     disk = max((speed.best for speed in comparison.disk), default=None)
     compute = _compute_seconds(comparison.arms)
-    by_limit: dict[str, ArmRecord | None] = {}
+    arms = []
     for arm in comparison.arms:
-        by_limit.setdefault(arm.limit, _best_stock([other for other in comparison.arms if other.limit == arm.limit]))
-    arms = tuple(_summarise_arm(arm, by_limit[arm.limit], disk, compute) for arm in comparison.arms)
-    return Summary(arms=arms, identity=_identity(comparison.arms), disk_bytes_per_second=disk, compute_seconds=compute)
+        rivals = [other for other in comparison.arms if other.limit == arm.limit and not other.ours]
+        fastest = _best(rivals, lambda figures: figures.tokens_per_second)
+        soonest = _best(rivals, lambda figures: 1 / figures.ttft_long_seconds)
+        arms.append(_summarise_arm(arm, fastest, soonest, disk, compute))
+    return Summary(
+        arms=tuple(arms), identity=_identity(comparison.arms), disk_bytes_per_second=disk, compute_seconds=compute
+    )
 
 
 def _figures(arm: ArmRecord) -> dict[int, Figures]:
@@ -140,13 +145,15 @@ def _compute_seconds(arms: Iterable[ArmRecord]) -> float | None:
     return min(medians, default=None)
 
 
-def _best_stock(arms: Sequence[ArmRecord]) -> ArmRecord | None:
-    speeds = {
-        arm.key: median(figures.tokens_per_second for figures in _figures(arm).values())
-        for arm in arms
-        if not arm.ours and _figures(arm)
-    }
-    return max((arm for arm in arms if arm.key in speeds), key=lambda arm: speeds[arm.key], default=None)
+def _best(arms: Sequence[ArmRecord], score: Callable[[Figures], float]) -> ArmRecord | None:
+    """The arm with the highest median score."""
+    scores = {arm.key: median(score(figures) for figures in _figures(arm).values()) for arm in arms if _figures(arm)}
+    return max((arm for arm in arms if arm.key in scores), key=lambda arm: scores[arm.key], default=None)
+
+
+def _paired(own: Mapping[int, Figures], other: ArmRecord | None) -> list[tuple[Figures, Figures]]:
+    theirs = _figures(other) if other is not None else {}
+    return [(own[repeat], theirs[repeat]) for repeat in sorted(own.keys() & theirs.keys())]
 
 
 def _ratio(pairs: Sequence[tuple[float, float]]) -> Ratio | None:
@@ -154,7 +161,13 @@ def _ratio(pairs: Sequence[tuple[float, float]]) -> Ratio | None:
     return Ratio(median=median(ratios), low=min(ratios), high=max(ratios)) if ratios else None
 
 
-def _summarise_arm(arm: ArmRecord, stock: ArmRecord | None, disk: float | None, compute: float | None) -> ArmSummary:
+def _summarise_arm(
+    arm: ArmRecord,
+    fastest: ArmRecord | None,
+    soonest: ArmRecord | None,
+    disk: float | None,
+    compute: float | None,
+) -> ArmSummary:
     by_repeat = _figures(arm)
     figures = list(by_repeat.values())
     summary = ArmSummary(
@@ -171,23 +184,24 @@ def _summarise_arm(arm: ArmRecord, stock: ArmRecord | None, disk: float | None, 
     if not figures:
         return summary
     speeds = [item.tokens_per_second for item in figures]
-    theirs = _figures(stock) if stock is not None else {}
-    paired = [(by_repeat[repeat], theirs[repeat]) for repeat in by_repeat.keys() & theirs.keys()]
+    speed_pairs, ttft_pairs = _paired(by_repeat, fastest), _paired(by_repeat, soonest)
     read = median(item.decode_read_bytes / len(item.token_seconds) for item in figures)
     bound, bound_by = _bound(read, disk, compute) if arm.ours else (None, "")
     offload = [item.offload for item in figures if item.offload is not None]
     return ArmSummary(
         **{
             **summary.__dict__,
-            "best_stock": stock is arm,
+            "best_stock": fastest is arm,
             "tokens_per_second": median(speeds),
             "tokens_per_second_low": min(speeds),
             "tokens_per_second_high": max(speeds),
-            "against_stock": _ratio([(own.tokens_per_second, other.tokens_per_second) for own, other in paired]),
+            "against_stock": _ratio([(own.tokens_per_second, other.tokens_per_second) for own, other in speed_pairs]),
             "ttft_long_seconds": median(item.ttft_long_seconds for item in figures),
             "ttft_short_seconds": median(second for item in figures for second in item.ttft_short_seconds),
             "load_seconds": median(item.load_seconds for item in figures),
-            "ttft_against_stock": _ratio([(other.ttft_long_seconds, own.ttft_long_seconds) for own, other in paired]),
+            "ttft_against_stock": _ratio(
+                [(other.ttft_long_seconds, own.ttft_long_seconds) for own, other in ttft_pairs]
+            ),
             "peak_rss_bytes": max(item.peak_rss_bytes for item in figures),
             "read_bytes_per_token": read,
             "hit_ratio": _median(item.hit_ratio for item in offload),

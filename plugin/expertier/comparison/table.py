@@ -59,7 +59,8 @@ def _row(arm: ArmSummary) -> Iterable[str]:
     cells = [
         f"[bold]{speed}[/]" if arm.ours else speed,
         "[dim]best stock[/]" if arm.best_stock else _ratio(arm.against_stock),
-        _seconds(arm.ttft_long_seconds),
+        _seconds(arm.ttft_long_seconds)
+        + (f" [dim]({arm.ttft_against_stock.median:.2f}x)[/]" if arm.ours and arm.ttft_against_stock else ""),
         _bytes(arm.peak_memory_bytes or arm.peak_rss_bytes),
         _bytes(arm.read_bytes_per_token),
         _DASH if arm.hit_ratio is None else f"{100 * arm.hit_ratio:.0f} %",
