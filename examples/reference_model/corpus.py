@@ -131,7 +131,7 @@ def _stretches(text: str, shortest: int, longest: int) -> Iterator[str]:
 
 
 def collect(
-    max_bytes_per_domain: int = 2_000_000, *, max_held_out_bytes: int = 400_000, domains: list[Domain] | None = None
+    max_bytes_per_domain: int = 2_000_000, *, max_held_out_bytes: int = 250_000, domains: list[Domain] | None = None
 ) -> Corpus:
     """Collect text, the same on every call as long as the machine's files stay.
 

@@ -72,7 +72,7 @@ def train(
     minutes: float,
     seed: int = 0,
     progress: bool = True,
-) -> ReferenceModel:
+) -> tuple[ReferenceModel, int]:
     """Train a model from scratch for a stretch of wall-clock time.
 
     The learning rate follows the elapsed share of the time, so that a slow machine ends with a finished schedule too.
@@ -92,6 +92,13 @@ def train(
         Seed of weights and of the order of text.
     progress : bool
         Show a progress bar on standard error.
+
+    Returns
+    -------
+    ReferenceModel
+        Ready for evaluation.
+    int
+        Tokens it was trained on.
     """
     torch.set_num_threads(_threads())
     model = ReferenceModel(config)
@@ -131,7 +138,7 @@ def train(
             elapsed = time.monotonic() - start
             done = elapsed / (60 * minutes) if minutes > 0 else 1.0
             bar.update(task, completed=min(done, 1.0), loss=smooth, speed=seen / elapsed)
-    return model.eval()
+    return model.eval(), seen
 
 
 def _threads() -> int:
