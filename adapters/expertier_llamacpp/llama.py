@@ -5,10 +5,12 @@ from __future__ import annotations
 import atexit
 import ctypes
 import logging
+import os
 import sys
 import threading
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import llama_cpp
@@ -18,7 +20,7 @@ from expertier.budget import format_bytes, parse_budget
 from expertier.catalog.gguf import build_catalog, read_layout, read_tensor
 from expertier.catalog.types import Catalog
 from expertier.config import OffloadOptions
-from expertier.errors import BudgetError, ExpertierError, ModelFormatError, UnsupportedOptionError
+from expertier.errors import BudgetError, ExpertierError, ManagerClosedError, ModelFormatError, UnsupportedOptionError
 from expertier.manager import ManagerConfig, OffloadManager
 from expertier.planning.memory import memory_left, process_memory
 from expertier.routing import GainGate, Lookahead
@@ -37,6 +39,15 @@ logger = logging.getLogger("expertier")
 _instances: weakref.WeakSet[Llama] = weakref.WeakSet()
 _KEYWORD = "expert_"
 _PATIENCE = 10.0  # seconds the end of the program waits for a step in another thread
+
+
+@dataclass
+class _Use:
+    """Who uses a model: the lock is held while a step runs."""
+
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    thread: threading.Thread = field(default_factory=threading.current_thread)
+    process: int = field(default_factory=os.getpid)
 
 
 class Llama(llama_cpp.Llama):
@@ -81,8 +92,7 @@ class Llama(llama_cpp.Llama):
     def __init__(self, model_path: str, **kwargs: Any) -> None:
         own = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith(_KEYWORD)}
         self._closing: list[Callable[[], None]] = []
-        self._running = threading.RLock()  # held while a step runs
-        self._last_user = threading.current_thread()
+        self._use = _Use()
         self._offload_arguments = own
         ggml.self_check()
         options = OffloadOptions.from_mapping({name[len(_KEYWORD) :]: value for name, value in own.items()})
@@ -169,13 +179,19 @@ class Llama(llama_cpp.Llama):
 
     def _guard_compute(self) -> None:
         """Raise what went wrong inside the graph before anyone looks at the output."""
-        hook, governor, running = self._hook, self._governor, self._running
+        # Nothing here may refer to self: a model that nobody refers to any more is freed at once, not by the collector.
+        hook, governor, use = self._hook, self._governor, self._use
         context: Any = self._ctx  # methods are shadowed on the instance: the class belongs to llama_cpp
 
         def guarded(stock: Callable[[Any], None]) -> Callable[[Any], None]:
             def compute(batch: Any) -> None:
-                with running, hook.signals:
-                    self._last_user = threading.current_thread()
+                if os.getpid() != use.process:
+                    raise ManagerClosedError(
+                        f"The model belongs to process {use.process}; a forked child has no I/O threads for it.",
+                        "Load the model in the child, or start the child with multiprocessing's spawn method.",
+                    )
+                with use.lock, hook.signals:
+                    use.thread = threading.current_thread()
                     if governor is not None:
                         governor.before(batch.n_tokens())
                     hook.begin()
@@ -210,7 +226,7 @@ class Llama(llama_cpp.Llama):
 
     def close(self) -> None:
         """Free the model, stop the I/O threads and give all memory back."""
-        with self._running, HeldSignals():  # freeing a model calls back into Python
+        with self._use.lock, HeldSignals():  # freeing a model calls back into Python
             if hasattr(self, "_stack"):
                 super().close()  # first the model: it still points into our memory
             while self._closing:
@@ -221,17 +237,26 @@ class Llama(llama_cpp.Llama):
             self.close()
 
 
+def _disown_all() -> None:
+    for instance in list(_instances):
+        instance._use.lock = threading.RLock()  # a thread that is not in the child may have held it
+        instance.offload.disown()
+
+
+os.register_at_fork(after_in_child=_disown_all)
+
+
 @atexit.register
 def _close_all() -> None:
     # Freeing a model calls back into Python, which is not possible any more when the interpreter is gone.
     for instance in list(_instances):
-        if instance._last_user is threading.main_thread() or not instance._last_user.is_alive():
+        if instance._use.thread is threading.main_thread() or not instance._use.thread.is_alive():
             instance.close()
             continue
         # A daemon thread may be generating at this moment, and nobody can wait for all of it. It gets to the end of its
         # step, cannot begin another, and what it uses is left to the system: not even the end of the interpreter may
         # free it.
-        instance._running.acquire(timeout=_PATIENCE)
+        instance._use.lock.acquire(timeout=_PATIENCE)
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(instance))
 
 

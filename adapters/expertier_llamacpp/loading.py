@@ -53,8 +53,9 @@ class ModelLoader:
         self._extra_buffer_types = extra_buffer_types
         self._on_loaded = on_loaded
         self._callback: Any = None
-        self._signals = HeldSignals()
-        self._progress = C.llama_progress_callback(lambda _done, _data: not self._signals.interrupted)
+        self._signals = signals = HeldSignals()
+        # The model's parameters keep the callback, so it must not refer to this loader, which refers to the model.
+        self._progress = C.llama_progress_callback(lambda _done, _data: not signals.interrupted)
         self.error: BaseException | None = None
 
     @contextlib.contextmanager

@@ -733,6 +733,12 @@ class OffloadManager:
         self._io.close()
         self._pool.close()
 
+    def disown(self) -> None:
+        """Close without touching anything, in a forked child: the I/O threads and whoever held a lock are not there."""
+        self._lock = threading.Condition()
+        self._admission = threading.Lock()
+        self._closed = True
+
     def _check_open(self) -> None:
         if self._closed:
             raise ManagerClosedError("The offload manager is closed.", "Load the model again.")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import os
 import pickle
 import random
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -156,6 +158,7 @@ def test_no_option_changes_a_logit(plain: Path, plain_rows: list[bytes], options
         {"offload_kqv": False},
         {"use_mmap": False},
         {"kv_overrides": {"qwen3moe.expert_used_count": 1}},
+        {"kv_overrides": {"qwen3moe.expert_used_count": 5}},
     ],
     ids=str,
 )
@@ -168,6 +171,30 @@ def test_a_budget_for_one_token_serves_single_tokens_and_micro_batches_of_one(pl
     with closing(expertier(plain, sizes(plain).token, n_ubatch=1)) as llm:
         assert trace(llm) == stock_trace(plain, n_ubatch=1)
         assert llm.offload.stats().peak_resident_bytes == sizes(plain).token
+
+
+@pytest.mark.parametrize("kernels", ["plain", "repacked"])
+def test_the_automatic_budget_gives_memory_back_between_steps_and_changes_no_logit(
+    plain: Path, tmp_path: Path, kernels: Kernels
+) -> None:
+    prompts = [PROMPT, PROMPT[:1], PROMPT[::-1], PROMPT[:17], PROMPT * 2]
+    changes = {"n_ctx": 256, "logits_all": True}
+
+    def use(llm: llama_cpp.Llama) -> list[Any]:
+        results: list[Any] = []
+        for prompt in prompts:
+            llm.reset()
+            results.append(trace(llm, prompt, steps=4))
+            results.append(llm.scores[: llm.n_tokens].tobytes())
+        state = llm.save_state()
+        llm.reset()
+        llm.load_state(state)
+        return [*results, trace(llm, PROMPT[:3], steps=4)]
+
+    with closing(stock_twin(plain, kernels, **changes)) as llm:
+        expected = use(llm)
+    with closing(expertier(plain, "auto", kernels, expert_sidecar_dir=str(tmp_path), **changes)) as llm:
+        assert use(llm) == expected
 
 
 def test_a_hundred_percent_holds_every_expert(tiny_model: TinyModel) -> None:
@@ -225,6 +252,27 @@ def test_the_budget_may_change_from_another_thread_in_the_middle_of_a_token(plai
 
 
 # ---- several engines in one process
+
+
+def test_a_model_may_be_named_in_every_way_a_file_can(
+    plain: Path, plain_rows: list[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd = tmp_path / "ein Modell, gr\u00f6\u00dfer 100% (1).gguf"
+    odd.symlink_to(plain)
+    monkeypatch.chdir(tmp_path)
+    for name in (str(odd), odd, odd.name, f"./{odd.name}"):
+        with closing(Llama(name, expert_budget=sizes(plain).layer, expert_repack="off", **settings())) as llm:
+            assert trace(llm) == plain_rows
+
+
+@pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="no file system in memory")
+def test_a_file_system_in_memory_is_read_as_well(plain: Path, plain_rows: list[bytes]) -> None:
+    copied = Path(shutil.copy(plain, f"/dev/shm/expertier-test-{os.getpid()}.gguf"))
+    try:
+        with closing(expertier(copied, sizes(plain).layer)) as llm:
+            assert trace(llm) == plain_rows
+    finally:
+        copied.unlink()
 
 
 def test_two_models_take_turns_in_one_process(tiny_model: TinyModel, plain: Path, plain_rows: list[bytes]) -> None:
@@ -479,16 +527,17 @@ def test_opening_and_closing_leaks_no_mapping_no_file_and_no_thread(plain: Path)
     assert after[0] - before[0] < 10, "mappings grow with the number of models"
 
 
-def test_a_forgotten_model_is_closed_by_the_garbage_collector(plain: Path) -> None:
-    def forget() -> None:
-        expertier(plain, "50%").eval(PROMPT)
-        gc.collect()
-
-    forget()
-    before = _footprint()
-    for _ in range(3):
-        forget()
-    assert _footprint()[1:] == before[1:]
+def test_a_forgotten_model_is_closed_at_once_and_not_by_the_garbage_collector(plain: Path) -> None:
+    gc.disable()
+    try:
+        before = threading.active_count()
+        llm = expertier(plain, "50%")
+        llm.eval(PROMPT)
+        assert threading.active_count() > before
+        del llm
+        assert threading.active_count() == before
+    finally:
+        gc.enable()
 
 
 def test_a_closed_model_may_be_closed_again(plain: Path) -> None:

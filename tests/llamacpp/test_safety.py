@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import random
 import re
 import shutil
 import signal
@@ -363,6 +364,80 @@ def test_a_budget_beyond_the_machine_is_refused_and_says_what_there_is(
 def test_a_budget_that_is_no_amount_is_refused_before_anything_is_opened(plain: Path, budget: Any) -> None:
     with pytest.raises(BudgetError):
         Llama(str(plain), expert_budget=budget, **settings())
+
+
+def test_a_budget_that_shrinks_below_a_running_step_is_an_error_or_harmless(
+    plain: Path, plain_rows: list[bytes]
+) -> None:
+    need = sizes(plain)
+    choice = random.Random(3)
+    stop = threading.Event()
+
+    def resize() -> None:
+        while not stop.is_set():
+            llm.offload.resize(choice.randrange(need.token, need.layer))
+
+    outcomes = {"right": 0, "refused": 0}
+    with closing(expertier(plain, need.total)) as llm:
+        resizer = threading.Thread(target=resize)
+        resizer.start()
+        try:
+            for _ in range(25):
+                llm.reset()
+                try:
+                    rows = trace(llm, steps=4)
+                except BudgetError:
+                    outcomes["refused"] += 1
+                else:
+                    outcomes["right"] += rows == plain_rows[:5]
+        finally:
+            stop.set()
+            resizer.join()
+        llm.offload.resize(need.layer)
+        llm.reset()
+        assert trace(llm) == plain_rows
+    assert sum(outcomes.values()) == 25
+
+
+def test_what_llama_cpp_refuses_to_decode_is_its_own_error_and_harmless(plain: Path, plain_rows: list[bytes]) -> None:
+    with closing(expertier(plain, sizes(plain).layer)) as llm:
+        with pytest.raises(RuntimeError, match="llama_decode"):
+            llm.eval([10**6])
+        llm.eval(PROMPT * 3)
+        with pytest.raises((RuntimeError, ValueError)):
+            for _ in range(4):
+                llm.eval(PROMPT)  # beyond the context
+        llm.reset()
+        assert trace(llm) == plain_rows
+
+
+FORKED = """
+    import os, sys
+    from pathlib import Path
+    from expertier.errors import ManagerClosedError
+    from llamacpp.engines import expertier, sizes, stock_trace, trace, PROMPT
+    path = Path(sys.argv[1])
+    expected = stock_trace(path)
+    llm = expertier(path, sizes(path).layer)
+    llm.eval(PROMPT)
+    child = os.fork()
+    if not child:
+        try:
+            llm.eval(PROMPT[:2])
+        except ManagerClosedError as error:
+            print(error.problem, flush=True)
+        llm.close()
+        sys.exit(7)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    llm.reset()
+    assert trace(llm) == expected
+"""
+
+
+def test_a_forked_child_is_told_that_the_model_stayed_with_its_parent(plain: Path) -> None:
+    result = run_python(FORKED, plain)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "process" in result.stdout
 
 
 # ---- kernels that refuse
