@@ -188,13 +188,15 @@ def test_a_step_right_behind_a_prefetch_that_filled_the_memory_finds_room(tmp_pa
             engine.check()
 
 
-def test_the_router_gives_up_other_prefetches_of_its_layer_even_when_all_it_needs_is_there(tmp_path: Path) -> None:
-    with fake_engine(tmp_path, SHAPES, 4 * SLOT, io_threads=1) as engine:
+@pytest.mark.parametrize("needed", [[0, 1], [0, 5]], ids=["all it needs is there", "something is missing"])
+def test_the_router_gives_up_prefetches_of_its_layer_that_it_does_not_want(tmp_path: Path, needed: list[int]) -> None:
+    with fake_engine(tmp_path, SHAPES, 8 * SLOT, io_threads=1) as engine:
         engine.step({1: [[0, 1]]})
         engine.file.hold()
         engine.manager.prefetch(1, [2, 3], limit=4)
-        engine.layer(1, [[0, 1]])
-        assert engine.manager.stats().prefetches_cancelled == 2
+        engine.manager.prefetch(2, [2], limit=4)
+        engine.manager.acquire(1, [needed], wait=False).release()
+        assert engine.manager.stats().prefetches_cancelled == 2, "the one for another layer goes on"
 
 
 def test_the_end_of_a_step_gives_up_what_was_not_used(tmp_path: Path) -> None:
