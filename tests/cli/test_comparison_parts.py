@@ -308,7 +308,7 @@ def test_stock_runs_at_its_best_readahead_and_at_that_of_the_machine(tiny_model:
     assert arms["none", "expertier"].settings["budget"] == "100%"
     assert arms["1GiB", "expertier"].settings["budget"] == "auto"
     more = planned(tiny_model(TinySpec()), ABLE, readaheads=(64, 512))
-    assert [item.readahead_kb for (limit, _), item in more.items() if limit == "1GiB"] == [64, 512, None, None]
+    assert [item.readahead_kb for (limit, _), item in more.items() if limit == "1GiB"] == [64, 512, None, 64, None]
     usual = planned(tiny_model(TinySpec()), dataclasses.replace(ABLE, readahead_kb=128, readahead="not root"))
     assert ("1GiB", "stock-readahead") not in usual
     assert usual["1GiB", "stock"].status == "ok"
@@ -412,6 +412,11 @@ def test_v2_without_delegation_is_no_way(tmp_path: Path) -> None:
         (group / "cgroup.subtree_control").write_text("cpu pids\n")
     with pytest.raises(OSError, match="not delegated"):
         V2Confinement(tmp_path, "0::/a/b\n").open(4096)
+
+
+def test_v2_that_is_not_mounted_is_said_so(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="no cgroup v2 hierarchy"):
+        V2Confinement(tmp_path, "0::/\n").open(4096)
 
 
 def test_a_scope_is_asked_of_systemd_and_watched_while_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import pty
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +21,7 @@ pytestmark = pytest.mark.engine
 
 Invoke = Callable[..., Result]
 TinyModel = Callable[[TinySpec], Path]
+ROOTS = os.pathsep.join(str(Path(__file__).parents[2] / name) for name in ("plugin", "adapters"))
 COMMON = ("--max-tokens", 8, "--seed", 7, "--budget", "50%", "--threads", 1)
 
 
@@ -44,6 +50,28 @@ def test_the_same_seed_gives_the_same_text_from_every_source_of_the_prompt(
     for arguments, stdin in ((("-p", "once upon"), None), (("-f", file), None), ((), "once upon")):
         result = invoke("run", model, *arguments, *COMMON, stdin=stdin)
         assert result.stdout.removesuffix("\n") == data["text"]
+
+
+def test_on_a_terminal_the_text_is_followed_by_a_live_line(tiny_model: TinyModel) -> None:
+    controller, terminal = pty.openpty()
+    command = [sys.executable, "-m", "expertier.cli", "run", str(tiny_model(TinySpec())), "-p", "once upon"]
+    process = subprocess.Popen(
+        [*command, *map(str, COMMON)],
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        env={**os.environ, "PYTHONPATH": ROOTS, "TERM": "xterm", "COLUMNS": "120"},
+    )
+    os.close(terminal)
+    shown = b""
+    with contextlib.suppress(OSError):  # the other end is closed
+        while chunk := os.read(controller, 65536):
+            shown += chunk
+    os.close(controller)
+    assert process.wait(timeout=60) == 0, shown.decode(errors="replace")
+    text = shown.decode(errors="replace")
+    assert "lossless" in text and "stall" in text
+    assert "Traceback" not in text
 
 
 def test_a_prompt_longer_than_the_context_is_refused(invoke: Invoke, tiny_model: TinyModel) -> None:

@@ -146,7 +146,9 @@ def _prepare(out: Path | None) -> Path:
         out = cache_dir() / "comparisons" / datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / RECORD).with_suffix(".tmp").write_text("")
+        probe = (out / RECORD).with_suffix(".tmp")
+        probe.write_text("")
+        probe.unlink()
     except OSError as error:
         raise ExpertierError(
             f"The directory {out} cannot be written to: {error.strerror}.", "Choose another --out."

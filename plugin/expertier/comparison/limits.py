@@ -129,9 +129,9 @@ class V2Confinement:
     name = "cgroup v2"
 
     def __init__(self, root: Path = Path("/"), membership: str | None = None) -> None:
-        mount = root / "sys/fs/cgroup"
-        own = mount / _membership(root, membership, "")
-        self._candidates = [own] if own == mount else [own, own.parent]
+        self._mount = root / "sys/fs/cgroup"
+        own = self._mount / _membership(root, membership, "")
+        self._candidates = [own] if own == self._mount else [own, own.parent]
 
     def open(self, limit: int | None) -> Group:
         reason: OSError = OSError("the memory controller is not delegated to this user")
@@ -141,6 +141,8 @@ class V2Confinement:
                 # whoever runs this machine has delegated it.
                 if "memory" in (parent / "cgroup.subtree_control").read_text().split():
                     return self._open_below(parent, limit)
+            except FileNotFoundError:
+                reason = OSError(f"there is no cgroup v2 hierarchy at {self._mount}")
             except OSError as error:
                 reason = error
         raise reason

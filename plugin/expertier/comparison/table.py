@@ -96,8 +96,11 @@ def _closing_lines(comparison: Comparison, summary: Summary) -> Iterable[str]:
     if summary.disk_bytes_per_second is not None:
         line = f"Storage measured at {format_bytes(int(summary.disk_bytes_per_second))}/s"
         if summary.compute_seconds is not None:
-            line += f", stock computes a token in {1e3 * summary.compute_seconds:.1f} ms when nothing is scarce"
-        yield f"[dim]{line}. Bound: the larger of that and the time to read what was read.[/]"
+            line += (
+                f", stock computes a token in {1e3 * summary.compute_seconds:.1f} ms when nothing is scarce. "
+                "Bound: the larger of that and the time to read what was read"
+            )
+        yield f"[dim]{line}.[/]"
     for note in comparison.notes:
         yield f"[dim]Note: {escape(note)}[/]"
     if not comparison.complete:
