@@ -36,24 +36,38 @@ class HeldSignals:
     def __enter__(self) -> None:
         if threading.current_thread() is not threading.main_thread():
             return  # Python runs handlers in the main thread only
-        for number in _NUMBERS:
-            handler = signal.getsignal(number)
-            if callable(handler):
-                self._handlers[number] = handler
-                signal.signal(number, self._note)
+        self._arrived.clear()
+        self.interrupted = False
+        try:
+            for number in _NUMBERS:
+                handler = signal.getsignal(number)
+                if callable(handler):
+                    self._handlers[number] = handler
+                    signal.signal(number, self._note)
+        except BaseException:  # by the handler of a signal that is not held yet
+            self._restore()
+            raise
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if not self._handlers:
             return
-        handlers, self._handlers = self._handlers, {}
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        arrived, self._arrived = self._arrived, []
-        self.interrupted = False
-        for number in arrived:
+        handlers = dict(self._handlers)
+        self._restore()
+        for number in self._arrived:
             handlers[number](number, None)
+
+    def _restore(self) -> None:
+        while self._handlers:
+            number, handler = next(iter(self._handlers.items()))
+            try:
+                signal.signal(number, handler)
+                del self._handlers[number]
+            except BaseException:  # by a handler that was just put back
+                self._handlers.pop(number, None)
+                self._restore()
+                raise
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         handler = self._handlers[number]
