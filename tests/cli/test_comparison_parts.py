@@ -235,6 +235,13 @@ def test_the_bound_is_the_larger_of_compute_and_reading() -> None:
     assert unknown.over_bound is None
 
 
+def test_storage_is_never_believed_to_be_slower_than_a_run_has_seen_it() -> None:
+    fast = arm("expertier", 1, [0.1], read=4 * 500_000_000)  # 5 GB/s, measured were 2
+    result = summarise(comparison(arm("stock", None, [0.001]), fast))
+    assert result.disk_bytes_per_second == pytest.approx(5e9)
+    assert result.arms[1].over_bound == pytest.approx(1)
+
+
 def test_outputs_are_compared_within_one_kind_of_kernels_over_all_limits() -> None:
     same = summarise(comparison(arm("stock", None, [0.1, 0.1]), arm("expertier", 1, [0.1]))).identity
     assert same.same_logits is True and same.logits_runs == 3 and same.agreement is None

@@ -108,7 +108,20 @@ class Identity:
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """A comparison in short. ``compute_seconds`` is stock's time per token without a limit, if measured."""
+    """A comparison in short.
+
+    Attributes
+    ----------
+    arms : tuple of ArmSummary
+        In the order of the record.
+    identity : Identity
+        Whether they computed the same.
+    disk_bytes_per_second : float or None
+        What the storage can do: the best that was measured, or that a run reached while decoding if that is more (the
+        machine may have been busier when it was measured).
+    compute_seconds : float or None
+        Stock's time per token without a limit.
+    """
 
     arms: tuple[ArmSummary, ...]
     identity: Identity
@@ -118,7 +131,7 @@ class Summary:
 
 def summarise(comparison: Comparison) -> Summary:
     """Work out medians, ratios, bounds and identity from the raw figures."""
-    disk = max((speed.best for speed in comparison.disk), default=None)
+    disk = _disk_speed(comparison)
     compute = _compute_seconds(comparison.arms)
     arms = []
     for arm in comparison.arms:
@@ -133,6 +146,17 @@ def summarise(comparison: Comparison) -> Summary:
 
 def _figures(arm: ArmRecord) -> dict[int, Figures]:
     return {run.repeat: run.figures for run in arm.runs if run.figures is not None}
+
+
+def _disk_speed(comparison: Comparison) -> float | None:
+    if not comparison.disk:
+        return None
+    reached = [
+        figures.decode_read_bytes / sum(figures.token_seconds)
+        for arm in comparison.arms
+        for figures in _figures(arm).values()
+    ]
+    return max([speed.best for speed in comparison.disk] + reached)
 
 
 def _compute_seconds(arms: Iterable[ArmRecord]) -> float | None:

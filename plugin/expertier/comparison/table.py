@@ -94,7 +94,7 @@ def _closing_lines(comparison: Comparison, summary: Summary) -> Iterable[str]:
             yield f"[{style}]{arm.status}[/]: {escape(arm.label)}, limit {arm.limit}: {escape(arm.reason)}"
     yield identity_line(summary.identity)
     if summary.disk_bytes_per_second is not None:
-        line = f"Storage measured at {format_bytes(int(summary.disk_bytes_per_second))}/s"
+        line = f"The storage does {format_bytes(int(summary.disk_bytes_per_second))}/s"
         if summary.compute_seconds is not None:
             line += (
                 f", stock computes a token in {1e3 * summary.compute_seconds:.1f} ms when nothing is scarce. "
