@@ -3,11 +3,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from expertier.budget import format_bytes, parse_budget
 from expertier.errors import BudgetError, ExpertierError
 from expertier.paths import cache_dir
-from hypothesis import given
-from hypothesis import strategies as st
 
 TOTAL = 10 * 2**30
 

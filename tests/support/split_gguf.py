@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from expertier.catalog.gguf import GgufLayout, GgufTensor, read_layout
-
 from support.raw_gguf import I32, U16, Value, key_value, tensor_row
 
 
