@@ -125,7 +125,9 @@ class Llama(llama_cpp.Llama):
                 top_k={layer.layer: layer.top_k for layer in catalog.layers},
                 pool=pool,
                 budget=smallest if asked is None else min(asked, largest),
-                config=ManagerConfig(policy=options.policy, half_life=options.half_life, io_threads=options.io_threads),
+                config=ManagerConfig(
+                    policy=options.policy, half_life=options.half_life, io_threads=options.io_threads, fill=True
+                ),
             )
         except BaseException:
             pool.close()
@@ -176,6 +178,7 @@ class Llama(llama_cpp.Llama):
                 largest=largest,
             )
         self._guard_compute()
+        manager.warm_up()
 
     def _guard_compute(self) -> None:
         """Raise what went wrong inside the graph before anyone looks at the output."""

@@ -50,6 +50,9 @@ class Prefetcher:
         self._lookahead = lookahead
         self.gate = gate
         self._ahead = ahead
+        self._tokens = 0
+        # llama.cpp drops the rows without output before the last layer's experts: of a prompt one row is left.
+        self._last_is_narrow = True
         self._last_step: float | None = None  # when the previous decode step passed its last layer
         self._mul_mat = ggml.op_number("MUL_MAT")
 
@@ -58,7 +61,13 @@ class Prefetcher:
         following = self._next.get(layer)
         if len(routes) > 1:
             self._last_step = None
-            if following is not None and len(np.unique(routes)) >= _STREAM_FROM * self._experts[layer]:
+            if following is None:
+                self._last_is_narrow = 2 * len(routes) <= self._tokens
+                return
+            self._tokens = len(routes)
+            if following not in self._next and self._last_is_narrow:
+                return
+            if len(np.unique(routes)) >= _STREAM_FROM * self._experts[layer]:
                 count = self._experts[following]
                 self._manager.prefetch(following, np.arange(count), limit=count)
             return

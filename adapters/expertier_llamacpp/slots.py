@@ -140,9 +140,11 @@ class WindowPool:
 
     def place(self, layer: int, expert: int, recycled: tuple[int, int] | None) -> Sequence[PlannedRead]:
         windows = self._windows[layer]
+        fresh = False
         if recycled != (layer, expert):
             try:
                 if not (recycled and self._take_over(recycled, (layer, expert))):
+                    fresh = True
                     for window in windows:
                         memory.back(window.start(expert), window.size, huge=window.size >= HUGE_PAGE)
             except OSError as error:
@@ -166,6 +168,7 @@ class WindowPool:
                         view=memory.view(target - lead, length),
                         needed=lead + size,
                         check=self._check_for(placed.part.name, expert) if self._check_for else None,
+                        prepare=memory.populate if fresh else None,
                     )
                 )
         return reads

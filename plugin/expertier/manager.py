@@ -46,6 +46,10 @@ class ManagerConfig:
         Size at which a running read can be overtaken.
     quotas : mapping of int to int, or None
         Most bytes each layer may hold; layers not named share the rest of the budget freely.
+    fill : bool
+        Whether free room is filled with the likeliest absent experts, in the background and without evicting
+        anything: from the start when all experts fit, otherwise while tokens are decoded, because a prompt that
+        streams through the layers would drive them out again.
     """
 
     policy: str = "lfu"
@@ -53,6 +57,7 @@ class ManagerConfig:
     io_threads: int = 2
     chunk_bytes: int = 2 << 20
     quotas: Mapping[int, int] | None = None
+    fill: bool = False
 
 
 class Lease:
@@ -74,6 +79,9 @@ class Lease:
         self._stages_ready = 0
         self._phase = manager._phase
         self._released = False
+
+    def __len__(self) -> int:
+        return len(self._experts)
 
     def ready(self, stage: int) -> bool:
         """Whether everything up to `stage` has arrived, without waiting."""
@@ -154,6 +162,7 @@ class OffloadManager:
         total = int(counts.sum())
         self._layer_index = np.repeat(np.arange(len(self._layers)), counts)
         self._slot_bytes = {layer: pool.slot_bytes(layer) for layer in self._layers}
+        self._least_slot = min(self._slot_bytes.values())
         self._slot_of = np.array([self._slot_bytes[layer] for layer in self._layers])[self._layer_index]
         self._smallest = {layer: min(experts[layer], top_k[layer]) * self._slot_bytes[layer] for layer in self._layers}
 
@@ -170,6 +179,7 @@ class OffloadManager:
         stages = max(pool.stages(layer) for layer in self._layers)
         self._pending = np.zeros((total, stages), np.int16)
         self._ahead = np.zeros(total, bool)  # loaded by a prefetch and not used yet
+        self._filling = np.zeros(total, bool)  # loading into free room, for nobody in particular
         self._requests: dict[int, list[ReadRequest]] = {}
         self._queued_at: dict[int, float] = {}
         self._errors: dict[int, BaseException] = {}
@@ -191,6 +201,12 @@ class OffloadManager:
 
     # ---- steps
 
+    def warm_up(self) -> None:
+        """Begin to fill the pool where the configuration asks for it and everything fits; returns at once."""
+        with self._lock:
+            if self._budget >= self._stats.total_bytes:
+                self._fill()
+
     def begin_step(self, tokens: int = 1, phase: Phase = "decode") -> None:
         """Start a forward pass over `tokens` tokens."""
         with self._lock:
@@ -201,11 +217,12 @@ class OffloadManager:
             self._phase.steps += 1
             self._phase.tokens += tokens
             self._finished_in_step[:] = False
+            self._fill()
 
     def end_step(self) -> None:
         """End the forward pass: prefetches for layers that did not come are given up."""
         with self._lock:
-            self._cancel(np.flatnonzero((self._state == _LOADING) & (self._pins == 0)))
+            self._cancel(np.flatnonzero(self._unclaimed()))
 
     def observe(self, layer: int, routes: ArrayLike) -> None:
         """Note the routes of a layer: they feed the eviction policy.
@@ -522,6 +539,7 @@ class OffloadManager:
                 tag=(expert, read.stage),
                 priority=priority,
                 check=read.check,
+                prepare=read.prepare,
             )
             for read in plan
         ]
@@ -556,7 +574,12 @@ class OffloadManager:
     def _cancel_other_prefetches(self, layer: int) -> None:
         """The router has spoken: prefetches for this layer that it does not want are given up."""
         mine = self._layer_index == self._position[layer]
-        self._cancel(np.flatnonzero(mine & (self._state == _LOADING) & (self._pins == 0)))
+        self._cancel(np.flatnonzero(mine & self._unclaimed()))
+
+    def _unclaimed(self) -> NDArray[np.bool_]:
+        """Loads ahead of a need that no lease has claimed."""
+        unclaimed: NDArray[np.bool_] = (self._state == _LOADING) & (self._pins == 0) & ~self._filling
+        return unclaimed
 
     def _cancel(self, experts: Iterable[int]) -> None:
         for expert in experts:
@@ -585,6 +608,10 @@ class OffloadManager:
                 del self._requests[expert]
                 self._stats.load_seconds += time.perf_counter() - self._queued_at.pop(expert)
                 self._state[expert] = _RESIDENT if self._state[expert] == _LOADING else _SPARE
+                if self._filling[expert]:
+                    self._filling[expert] = False
+                    if error is None:
+                        self._fill()
             elif error is not None:
                 # The rest is of no use, and a retry should not have to wait for it.
                 for other in list(requests):
@@ -625,7 +652,7 @@ class OffloadManager:
             self._check_open()
             if self._tight:
                 return 0
-            limit -= int(((self._state == _LOADING) & (self._pins == 0)).sum())
+            limit -= int(self._unclaimed().sum())
             absent = np.flatnonzero((self._state[wanted] == _ABSENT) | (self._state[wanted] == _SPARE))[: max(limit, 0)]
             if not absent.size:
                 return 0
@@ -642,6 +669,26 @@ class OffloadManager:
             self._stats.prefetches += len(begun)
             self._stats.prefetches_declined += len(chosen) - len(begun)
             return len(begun)
+
+    def _fill(self) -> None:
+        """Begin loads of the likeliest absent experts into free room, a few at a time."""
+        everything_fits = self._budget >= self._stats.total_bytes
+        if not self.config.fill or (self._phase is not self._stats.decode and not everything_fits):
+            return
+        if self._used + self._least_slot > self._budget or self._tight or self._closed or self._filling.any():
+            return
+        absent = np.flatnonzero(self._state == _ABSENT)
+        if not absent.size:
+            return
+        best = absent[np.argsort(-self._policy.use_probability(absent), kind="stable")]
+        reads: list[list[ReadRequest]] = []
+        for expert in best[: 2 * self.config.io_threads].tolist():
+            layer = self._layers[self._layer_index[expert]]
+            slot = self._slot_bytes[layer]
+            if self._used + slot <= self._budget and self._layer_bytes[layer] + slot <= self._limit(layer):
+                reads.append(self._begin(layer, expert, None, PREFETCH))
+                self._filling[expert] = self._state[expert] == _LOADING
+        self._io.submit([request for group in _transpose(reads) for request in group])
 
     # ---- budget, life cycle, numbers
 
@@ -669,6 +716,10 @@ class OffloadManager:
                     f"({format_bytes(self._smallest[layer])}).",
                     f"Give at least {self._smallest[layer]} bytes.",
                 )
+
+    def bytes_of(self, layer: int, experts: int) -> int:
+        """Memory that so many experts of a layer occupy."""
+        return experts * self._slot_bytes[layer]
 
     def resize(self, budget: int) -> None:
         """Change the budget while the engine runs; returns when the pool holds no more than that.

@@ -27,6 +27,8 @@ class PlannedRead:
         Bytes that must arrive (the rest of `view` is alignment padding).
     check : callable, optional
         Looks at the bytes that arrived, in an I/O thread, and raises when they are wrong.
+    prepare : callable, optional
+        Makes a piece of `view` ready, in an I/O thread, right before it is read into.
     """
 
     stage: int
@@ -35,6 +37,7 @@ class PlannedRead:
     view: memoryview
     needed: int
     check: Callable[[memoryview], None] | None = None
+    prepare: Callable[[memoryview], None] | None = None
 
 
 class ExpertPool(Protocol):

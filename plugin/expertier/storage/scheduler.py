@@ -37,6 +37,8 @@ class ReadRequest:
     check : callable, optional
         Called with the bytes that were needed when all have arrived, in an I/O thread and without locks; what it
         raises is the request's error.
+    prepare : callable, optional
+        Called with every chunk's memory before it is read into, in an I/O thread and without locks.
     """
 
     file: StorageFile
@@ -46,6 +48,7 @@ class ReadRequest:
     tag: Any = None
     priority: int = DEMAND
     check: Callable[[memoryview], None] | None = None
+    prepare: Callable[[memoryview], None] | None = None
     _next: int = field(default=0, repr=False)
     _in_flight: int = field(default=0, repr=False)
     _cancelled: bool = field(default=False, repr=False)
@@ -137,9 +140,10 @@ class IoScheduler:
                     queue.popleft()
             error: BaseException | None = None
             try:
-                request.file.read_into(
-                    request.view[start:stop], request.offset + start, min(stop, request.needed) - start
-                )
+                chunk = request.view[start:stop]
+                if request.prepare is not None:
+                    request.prepare(chunk)
+                request.file.read_into(chunk, request.offset + start, min(stop, request.needed) - start)
             except BaseException as caught:  # carried to whoever waits for this expert
                 error = caught
             with self._wake:
