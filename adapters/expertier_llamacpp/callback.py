@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from expertier.errors import ExpertLoadError
+from expertier.budget import format_bytes
+from expertier.errors import BudgetError, ExpertLoadError
 from expertier.manager import Lease, OffloadManager
 from expertier_llamacpp import ggml
 from expertier_llamacpp.ggml import MEMORY, NAME_OFFSET, OP_OFFSET, SRC_OFFSET, WORDS
@@ -93,6 +94,7 @@ class EvalHook:
         self._lease: Lease | None = None
         self._kept: list[Lease] = []  # of layers whose multiplications were asked about but not computed yet
         self._lease_is_whole = False
+        self._stop_after: set[int] = set()  # layers known to be followed by one whose routes are not seen
         self._uncomputed = False  # whether there are such with the current lease
         self._topk_node = 0
         self._previous_layer = -1
@@ -148,6 +150,8 @@ class EvalHook:
                 else:
                     return self.error is not None
                 if stop:
+                    if self._stopped_at and self.error is None:
+                        self.error = _lost_callback()
                     self._stopped_at = node
                 return stop
             stopped_at, self._stopped_at = self._stopped_at, 0
@@ -212,7 +216,10 @@ class EvalHook:
         if stage == self._last_stage[layer]:
             self._owed_layer = -1
         # Without a stop at the next layer's routes, its multiplications would be asked about before these are computed.
-        stop = not announced or (stage < self._last_stage[layer] and not lease.ready(self._last_stage[layer]))
+        if stage == self._last_stage[layer]:
+            stop = not announced or layer in self._stop_after
+        else:
+            stop = not announced or not lease.ready(self._last_stage[layer])
         self._uncomputed = not stop
         return stop
 
@@ -221,6 +228,16 @@ class EvalHook:
         if self._lease is not None and self._lease.layer == layer and self._lease_is_whole:
             return self._lease
         if self._lease is not None and self._uncomputed:
+            # Both layers must fit now; next time there is a stop between them.
+            self._stop_after.add(self._lease.layer)
+            both = ((self._lease.layer, len(self._lease)), (layer, self._experts[layer]))
+            needed = sum(self._manager.bytes_of(*item) for item in both)
+            if needed > self._manager.budget:  # waiting for room that we hold ourselves would never end
+                raise BudgetError(
+                    f"The routes of layer {layer} were not seen, so all its experts are needed beside those of layer "
+                    f"{self._lease.layer} ({format_bytes(needed)}).",
+                    "Run the step again, or raise the budget.",
+                )
             self._kept.append(self._lease)
             self._lease = None
         else:

@@ -12,7 +12,18 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any, Final
 
-_NUMBERS: Final = (signal.SIGINT, signal.SIGTERM)
+# Those whose handlers programs let raise: interruption, termination, time limits. A handler of another signal that
+# raises is noticed where it is lost in a callback, but may cut our own bookkeeping in half.
+_NUMBERS: Final = (
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGHUP,
+    signal.SIGALRM,
+    signal.SIGVTALRM,
+    signal.SIGPROF,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+)
 
 
 class HeldSignals:
