@@ -83,9 +83,6 @@ class Lease:
     def __len__(self) -> int:
         return len(self._experts)
 
-    def __len__(self) -> int:
-        return len(self._experts)
-
     def ready(self, stage: int) -> bool:
         """Whether everything up to `stage` has arrived, without waiting."""
         return self._waiting is None or stage < self._stages_ready or self._manager._stage_ready(self, stage)
@@ -719,10 +716,6 @@ class OffloadManager:
                     f"({format_bytes(self._smallest[layer])}).",
                     f"Give at least {self._smallest[layer]} bytes.",
                 )
-
-    def bytes_of(self, layer: int, experts: int) -> int:
-        """Memory that so many experts of a layer occupy."""
-        return experts * self._slot_bytes[layer]
 
     def bytes_of(self, layer: int, experts: int) -> int:
         """Memory that so many experts of a layer occupy."""

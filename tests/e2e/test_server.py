@@ -225,7 +225,9 @@ def test_a_prompt_that_is_too_long_is_a_bad_request_and_the_server_goes_on(clien
     assert client.completions.create(model="tiny", prompt=PROMPT, max_tokens=4).choices[0].text
 
 
-def test_a_client_that_goes_away_in_the_middle_harms_nobody(server: Server, client: openai.OpenAI, stock: Stock) -> None:
+def test_a_client_that_goes_away_in_the_middle_harms_nobody(
+    server: Server, client: openai.OpenAI, stock: Stock
+) -> None:
     stream = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=400, temperature=0, stream=True)
     next(iter(stream))
     stream.close()
