@@ -682,13 +682,17 @@ class OffloadManager:
             return
         best = absent[np.argsort(-self._policy.use_probability(absent), kind="stable")]
         reads: list[list[ReadRequest]] = []
-        for expert in best[: 2 * self.config.io_threads].tolist():
-            layer = self._layers[self._layer_index[expert]]
-            slot = self._slot_bytes[layer]
-            if self._used + slot <= self._budget and self._layer_bytes[layer] + slot <= self._limit(layer):
-                reads.append(self._begin(layer, expert, None, PREFETCH))
-                self._filling[expert] = self._state[expert] == _LOADING
-        self._io.submit([request for group in _transpose(reads) for request in group])
+        try:
+            for expert in best[: 2 * self.config.io_threads].tolist():
+                layer = self._layers[self._layer_index[expert]]
+                slot = self._slot_bytes[layer]
+                if self._used + slot <= self._budget and self._layer_bytes[layer] + slot <= self._limit(layer):
+                    reads.append(self._begin(layer, expert, None, PREFETCH))
+                    self._filling[expert] = self._state[expert] == _LOADING
+        except ExpertLoadError as error:  # whoever really needs the expert will raise it
+            logger.warning("Filling free room ended early: %s", error)
+        finally:
+            self._io.submit([request for group in _transpose(reads) for request in group])
 
     # ---- budget, life cycle, numbers
 
