@@ -1,4 +1,4 @@
-"""Free room fills itself in the background: without evicting, without failing a step, and not while a prompt streams."""
+"""Free room fills itself in the background: it evicts nothing, fails no step, and waits while a prompt streams."""
 
 from __future__ import annotations
 
