@@ -16,9 +16,11 @@ the rest of the call.
 from __future__ import annotations
 
 import ctypes
+import functools
 import re
+import sys
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -102,6 +104,7 @@ class EvalHook:
         self.error: BaseException | None = None
         self.compute_node = 0  # a tensor of the last graph, by which its compute buffer is found
         self.callback = ggml.EvalCallback(self._on_eval)
+        _catch_lost_exceptions()
         ggml.narrow_eval_callback(_TOPK, self._mul_mat_id)
 
     # ---- called around llama_decode
@@ -251,10 +254,29 @@ class _InterruptedError(BaseException):
     """The user gave up: the step ends early, and :attr:`EvalHook.signals` tells the caller."""
 
 
+@functools.cache  # once: whoever replaces the hook later may call ours
+def _catch_lost_exceptions() -> None:
+    """Note what is raised before a callback's first instruction: by a signal handler, or by the recursion limit.
+
+    ctypes hands it to ``sys.unraisablehook`` and llama.cpp an arbitrary answer. The step is then ended, and its caller
+    gets the exception.
+    """
+    previous = sys.unraisablehook
+
+    def hook(lost: Any) -> None:
+        owner = getattr(lost.object, "__self__", None)
+        if not isinstance(owner, EvalHook):
+            previous(lost)
+        elif owner.error is None:
+            owner.error = lost.exc_value
+
+    sys.unraisablehook = hook
+
+
 def _lost_callback() -> ExpertLoadError:
     return ExpertLoadError(
-        "Something interrupted Expertier inside llama.cpp before it could note what (a signal handler that raises, or "
-        "the recursion limit); the step's output was thrown away.",
+        "An exception interrupted Expertier inside llama.cpp and went to a sys.unraisablehook that is not ours; the "
+        "step's output was thrown away.",
         "Run the step again.",
     )
 

@@ -790,50 +790,37 @@ def test_an_alarm_that_raises_is_raised_after_the_step_and_the_model_stays_usabl
 
 
 @pytest.mark.parametrize("budget", ["token", "layer"])
-def test_an_exception_that_python_loses_in_a_callback_never_becomes_output(
-    plain: Path, plain_rows: list[bytes], monkeypatch: pytest.MonkeyPatch, budget: str
+def test_an_exception_that_python_loses_in_a_callback_is_raised_by_the_step(
+    plain: Path, monkeypatch: pytest.MonkeyPatch, budget: str
 ) -> None:
-    # What is raised before a callback's first instruction is printed by ctypes, and llama.cpp gets an arbitrary answer.
+    # What is raised before a callback's first instruction is lost in ctypes, and llama.cpp gets an arbitrary answer.
     stock = callback.EvalHook._on_eval
     calls = itertools.count()
-    interesting: list[int] = []
     lose = -1
 
     def lossy(self: callback.EvalHook, node: int, ask: bool, data: int | None) -> bool:
         number = next(calls)
         if number == lose:
-            raise RecursionError
-        answer = stock(self, node, ask, data)
-        if lose < 0 and (answer or not ask or ggml.MEMORY[node + ggml.OP_OFFSET] == self._mul_mat_id):
-            interesting.append(number)
-        return answer
+            raise RecursionError("lost")
+        return stock(self, node, ask, data)
 
-    lost: list[object] = []
     monkeypatch.setattr(callback.EvalHook, "_on_eval", lossy)
-    monkeypatch.setattr(sys, "unraisablehook", lost.append)
     n_ubatch = 1 if budget == "token" else 16
     prompt, steps = PROMPT[:20], 2
-    refused = 0
     with closing(stock_twin(plain, n_ubatch=n_ubatch)) as llm:
         expected = trace(llm, prompt, steps)
     with closing(expertier(plain, getattr(sizes(plain), budget), n_ubatch=n_ubatch, expert_lookahead="off")) as llm:
         assert trace(llm, prompt, steps) == expected
-        for number in random.Random(4).sample(interesting, 60):
+        total = next(calls)
+        for number in random.Random(4).sample(range(total - 100), 80):  # how often there is a stop varies a little
             lose = number
             calls = itertools.count()
             llm.reset()
-            try:
-                assert trace(llm, prompt, steps) == expected
-            except ExpertLoadError as error:
-                assert "interrupted" in str(error)
-                refused += 1
-            except BudgetError:  # the whole layer would have had to be loaded
-                refused += 1
+            with pytest.raises(RecursionError, match="lost"):
+                trace(llm, prompt, steps)
         lose = -2
         llm.reset()
         assert trace(llm, prompt, steps) == expected
-    assert len(lost) == 60
-    assert refused > 2
 
 
 SLEEPING = """
