@@ -561,7 +561,7 @@ def test_a_worker_that_brings_no_figures_gets_a_status_and_a_reason(
     assert named in run.reason
 
 
-def test_an_arm_that_did_not_end_well_is_not_repeated_and_the_order_rotates(tmp_path: Path) -> None:
+def test_an_arm_that_did_not_end_well_is_not_repeated_and_neighbours_change(tmp_path: Path) -> None:
     model = tmp_path / "model"
     model.write_bytes(b"x")
     good = json.dumps({"status": "ok", "figures": dataclasses.asdict(figures(0.1))})
@@ -575,14 +575,15 @@ def test_an_arm_that_did_not_end_well_is_not_repeated_and_the_order_rotates(tmp_
     started: list[tuple[str, int]] = []
     done = runner(program, model, tmp_path).run_all(
         [*arms, NOT_RUN],
-        3,
+        4,
         lambda item, repeat: started.append((item.key, repeat)),
         lambda item, run: None,
         lambda repeat: None,
     )
     assert started[:3] == [("stock", 0), ("bad", 0), ("stock-plain", 0)]
-    assert started[3:] == [("stock-plain", 1), ("stock", 1), ("stock-plain", 2), ("stock", 2)]
-    assert [(item.status, len(item.runs)) for item in done] == [("ok", 3), ("failed", 1), ("ok", 3), ("not run", 0)]
+    rest = [("stock", 3), ("stock-plain", 3)]
+    assert started[3:] == [("stock-plain", 1), ("stock", 1), ("stock-plain", 2), ("stock", 2), *rest]
+    assert [(item.status, len(item.runs)) for item in done] == [("ok", 4), ("failed", 1), ("ok", 4), ("not run", 0)]
 
 
 def test_the_users_own_options_do_not_leak_into_an_arm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

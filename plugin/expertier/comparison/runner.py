@@ -99,8 +99,11 @@ class Runner:
             self._prepare_all([records[index] for index in runnable], on_start)
             for repeat in range(repeats):
                 on_repeat(repeat)
-                turn = repeat % max(1, len(runnable))
-                for index in runnable[turn:] + runnable[:turn]:
+                # Backwards every second time: what an arm leaves behind (a disk out of burst credit, a hot processor)
+                # must not always meet the same successor.
+                turn = repeat // 2 % max(1, len(runnable))
+                order = runnable[turn:] + runnable[:turn]
+                for index in reversed(order) if repeat % 2 else order:
                     arm = records[index]
                     if arm.status != "ok":
                         continue
