@@ -183,11 +183,6 @@ def narrow_eval_callback(name_prefix: bytes, op: int) -> bool:
     return True
 
 
-def tensor_name(address: int) -> str:
-    """Name of the tensor at `address`."""
-    return ctypes.string_at(address + NAME_OFFSET).decode(errors="replace")
-
-
 def repack_buffer_type() -> int:
     """Address of llama.cpp's CPU_REPACK buffer type.
 

@@ -153,8 +153,6 @@ class GgufLayout:
         GGUF version (2 or 3; both have the same layout).
     alignment : int
         Tensors start at multiples of this, counted from `data_offset`.
-    kv_end : int
-        Byte offset of the end of the key/value section, where the tensor table starts.
     data_offset : int
         Byte offset of the tensor data.
     keys : tuple of GgufKey
@@ -171,7 +169,6 @@ class GgufLayout:
     size: int
     version: int
     alignment: int
-    kv_end: int
     data_offset: int
     keys: tuple[GgufKey, ...]
     metadata: Mapping[str, KeyValue] = field(hash=False)
@@ -321,7 +318,6 @@ def read_header(path: Path) -> GgufLayout:
         cursor = _Cursor(descriptor, path, size)
         version, tensor_count, key_count = _read_preamble(cursor)
         keys, metadata = _read_keys(cursor, key_count)
-        kv_end = cursor.position
         alignment = _alignment(cursor, metadata)
         table = _read_table(cursor, tensor_count)
         data_offset = cursor.position
@@ -336,7 +332,6 @@ def read_header(path: Path) -> GgufLayout:
         size=size,
         version=version,
         alignment=alignment,
-        kv_end=kv_end,
         data_offset=data_offset,
         keys=keys,
         metadata=MappingProxyType(metadata),

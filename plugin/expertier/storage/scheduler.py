@@ -167,10 +167,6 @@ class IoScheduler:
                         request._error = caught
                 self._on_done(request, request._error, cancelled)
 
-    def idle(self) -> bool:
-        """Whether no demand chunk is waiting to be started."""
-        return not self._queues[DEMAND]
-
     def close(self) -> None:
         """Stop the threads after the chunks in flight; queued requests complete as cancelled."""
         with self._wake:
