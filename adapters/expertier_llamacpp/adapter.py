@@ -14,6 +14,7 @@ from expertier.catalog.types import Catalog
 from expertier.cli.engines import EngineSettings, Finding, Session, StockVariant
 from expertier.config import OffloadOptions
 from expertier.errors import ExpertierError, UnsupportedEngineError, UnsupportedOptionError
+from expertier.residency import pages
 from expertier.telemetry import Stats
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ class LlamaCppAdapter:
 
     def findings(self, catalog: Catalog | None) -> Sequence[Finding]:
         try:
-            from expertier_llamacpp import ggml, memory
+            from expertier_llamacpp import ggml
 
             ggml.self_check()
         except ExpertierError as error:
@@ -104,7 +105,7 @@ class LlamaCppAdapter:
             ]
         found = [
             Finding(topic=self.engine, status="ok", text="the structures of the library are those Expertier mirrors"),
-            _page_moves(memory),
+            _page_moves(),
         ]
         if catalog is not None and catalog.format != "gguf":
             found.append(
@@ -157,16 +158,16 @@ class LlamaCppAdapter:
         )
 
 
-def _page_moves(memory: Any) -> Finding:
+def _page_moves() -> Finding:
     """Try what moves an expert's memory from one window to another."""
-    size = memory.HUGE_PAGE
-    base = memory.reserve(2 * size)
+    size = pages.HUGE_PAGE
+    base = pages.reserve(2 * size)
     try:
-        memory.back(base, size, huge=False)
-        memory.view(base, 1)[0] = 7
-        moved = memory.move(base, base + size, size) and memory.view(base + size, 1)[0] == 7
+        pages.back(base, size, huge=False)
+        pages.view(base, 1)[0] = 7
+        moved = pages.move(base, base + size, size) and pages.view(base + size, 1)[0] == 7
     finally:
-        memory.unmap(base, 2 * size)
+        pages.unmap(base, 2 * size)
     if moved:
         return Finding(topic="memory moves", status="ok", text="mremap(MREMAP_DONTUNMAP) works: evictions cost no copy")
     return Finding(

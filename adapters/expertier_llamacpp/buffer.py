@@ -7,9 +7,10 @@ import re
 from collections.abc import Callable, Collection, Mapping
 
 from expertier.errors import UnsupportedModelError
-from expertier_llamacpp import ggml, memory
-from expertier_llamacpp.memory import PAGE
-from expertier_llamacpp.slots import PartPlacement
+from expertier.residency import pages
+from expertier.residency.pages import PAGE
+from expertier.residency.windows import PartPlacement
+from expertier_llamacpp import ggml
 
 EXPERT_TENSORS = rb"ffn_(gate|up|down|gate_up)_exps\.weight"
 """Matched against tensor names by llama.cpp (``std::regex_search``); ``_chexps`` and shared experts do not match."""
@@ -84,7 +85,7 @@ class ExpertBufferType:
             buffer: int | None = lib.ggml_backend_buft_alloc_buffer(lib.ggml_backend_cpu_buffer_type(), size)
             return buffer
         try:
-            address = memory.reserve(max(size, PAGE))
+            address = pages.reserve(max(size, PAGE))
         except OSError as error:
             self.error = error
             return None
@@ -95,7 +96,7 @@ class ExpertBufferType:
         return int(own)
 
     def _free(self, buffer: int) -> None:
-        memory.unmap(*self._reserved.pop(buffer))
+        pages.unmap(*self._reserved.pop(buffer))
 
     def _init_tensor(self, buffer: int, address: int) -> int:
         tensor = ggml.Tensor.from_address(address)

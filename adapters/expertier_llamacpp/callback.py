@@ -29,11 +29,12 @@ from expertier.budget import format_bytes
 from expertier.errors import BudgetError, ExpertLoadError
 from expertier.manager import Lease, OffloadManager
 from expertier_llamacpp import ggml
+from expertier_llamacpp.gate_input import GateInput
 from expertier_llamacpp.ggml import MEMORY, NAME_OFFSET, OP_OFFSET, SRC_OFFSET, WORDS
 from expertier_llamacpp.signals import HeldSignals
 
 if TYPE_CHECKING:
-    from expertier_llamacpp.prefetch import Prefetcher
+    from expertier.routing import AheadLoader
 
 _TOPK = b"ffn_moe_topk-"
 _LAYER = re.compile(r"blk\.(\d+)\.")
@@ -50,7 +51,7 @@ class EvalHook:
         Address of every managed expert tensor to its name and stage.
     experts : mapping of int to int
         Layer to number of experts.
-    prefetcher : Prefetcher, optional
+    ahead : AheadLoader, optional
         Starts loads ahead of the router.
 
     Attributes
@@ -72,7 +73,7 @@ class EvalHook:
         manager: OffloadManager,
         tensors: Mapping[int, tuple[str, int]],
         experts: Mapping[int, int],
-        prefetcher: Prefetcher | None = None,
+        ahead: AheadLoader | None = None,
     ) -> None:
         self._manager = manager
         self._experts = dict(experts)
@@ -84,7 +85,8 @@ class EvalHook:
             layer = int(match[1])
             self._managed[address] = (layer, stage)
             self._last_stage[layer] = max(self._last_stage.get(layer, 0), stage)
-        self._prefetcher = prefetcher
+        self._ahead = ahead
+        self._gate_input = GateInput()
         self._mul_mat_id = ggml.op_number("MUL_MAT_ID")
         self._no_op = ggml.op_number("NONE")
         self._disarmed: list[int] = []
@@ -192,8 +194,8 @@ class EvalHook:
         self._lease = self._manager.acquire(layer, routes, wait=False)
         self._lease_is_whole = False
         self._owed_layer = layer
-        if self._prefetcher is not None:
-            self._prefetcher.after_router(layer, routes, node)
+        if self._ahead is not None:
+            self._ahead.after_router(layer, routes, lambda: self._gate_input.of(node), decode=len(routes) == 1)
 
     def _before_experts(self, node: int) -> bool:
         word = (node + SRC_OFFSET) >> 3

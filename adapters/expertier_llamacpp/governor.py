@@ -15,8 +15,9 @@ from expertier.catalog.types import Catalog
 from expertier.errors import BudgetError
 from expertier.manager import OffloadManager
 from expertier.planning.memory import memory_left
-from expertier_llamacpp import ggml, memory
-from expertier_llamacpp.memory import PAGE
+from expertier.residency import pages
+from expertier.residency.pages import PAGE
+from expertier_llamacpp import ggml
 
 _FIXED = 4 << 20
 # ggml converts the input of a multiplication to the weights' companion type in a work buffer it keeps: at most two
@@ -145,4 +146,4 @@ def release_compute_buffer(node: int) -> None:
     end = start + ggml.base().ggml_backend_buffer_get_size(buffer)
     first, last = -(-start // PAGE) * PAGE, end // PAGE * PAGE
     if first < last:
-        memory.discard(first, last - first)
+        pages.discard(first, last - first)

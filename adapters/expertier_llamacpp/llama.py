@@ -23,16 +23,15 @@ from expertier.config import OffloadOptions
 from expertier.errors import BudgetError, ExpertierError, ManagerClosedError, ModelFormatError, UnsupportedOptionError
 from expertier.manager import ManagerConfig, OffloadManager
 from expertier.planning.memory import memory_left, process_memory
-from expertier.routing import GainGate, Lookahead
+from expertier.residency.windows import WindowPool
+from expertier.routing import AheadLoader, GainGate, Lookahead
 from expertier_llamacpp import ggml
 from expertier_llamacpp.buffer import ExpertBuffers
 from expertier_llamacpp.callback import EvalHook
 from expertier_llamacpp.governor import BudgetGovernor, StepMemory
 from expertier_llamacpp.loading import ModelLoader, open_files
-from expertier_llamacpp.prefetch import Prefetcher
 from expertier_llamacpp.sidecar import choose_kernels
 from expertier_llamacpp.signals import HeldSignals
-from expertier_llamacpp.slots import WindowPool
 
 logger = logging.getLogger("expertier")
 
@@ -139,13 +138,15 @@ class Llama(llama_cpp.Llama):
 
         def on_loaded(tensors: dict[int, tuple[str, int]]) -> Any:
             experts = {layer.layer: layer.experts for layer in catalog.layers}
-            prefetcher = Prefetcher(
+            ahead = AheadLoader(
                 manager=manager,
                 experts=experts,
                 lookahead=_make_lookahead(catalog, layouts) if options.lookahead != "off" else None,
                 gate=GainGate(options.lookahead),
+                # llama.cpp drops rows without output before the last layer's experts: of a prompt one row is left.
+                last_is_narrow=True,
             )
-            self._hook = EvalHook(manager=manager, tensors=tensors, experts=experts, prefetcher=prefetcher)
+            self._hook = EvalHook(manager=manager, tensors=tensors, experts=experts, ahead=ahead)
             return self._hook.callback
 
         loader = ModelLoader(

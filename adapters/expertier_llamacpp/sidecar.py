@@ -34,10 +34,11 @@ from expertier.catalog.types import Catalog, ExpertPart, LayerExperts
 from expertier.config import OffloadOptions
 from expertier.errors import ExpertierError, SidecarError
 from expertier.paths import cache_dir
+from expertier.residency import pages
+from expertier.residency.pages import PAGE
 from expertier.storage import StorageFile
-from expertier_llamacpp import ggml, memory
+from expertier_llamacpp import ggml
 from expertier_llamacpp.loading import open_files
-from expertier_llamacpp.memory import PAGE
 
 logger = logging.getLogger("expertier")
 
@@ -358,12 +359,12 @@ class _Scratch:
 
     def __init__(self, largest: int) -> None:
         self._size = -(-largest // PAGE) * PAGE + PAGE
-        self.source = memory.scratch(self._size)
-        self.target = memory.scratch(self._size)
+        self.source = pages.scratch(self._size)
+        self.target = pages.scratch(self._size)
 
     def close(self) -> None:
-        memory.unmap(self.source, self._size)
-        memory.unmap(self.target, self._size)
+        pages.unmap(self.source, self._size)
+        pages.unmap(self.target, self._size)
 
 
 def _repacked(
@@ -401,10 +402,10 @@ def _repack_one(
     offset = part.offset + expert * part.stride
     lead = offset % PAGE
     needed = lead + part.expert_bytes
-    view = memory.view(slot.source, -(-needed // PAGE) * PAGE)
+    view = pages.view(slot.source, -(-needed // PAGE) * PAGE)
     files[part.file].read_into(view, offset - lead, needed)
     repacker.repack(part.type_name, (part.shape[0], part.shape[1]), slot.source + lead, slot.target)
-    return memory.view(slot.target, part.expert_bytes)
+    return pages.view(slot.target, part.expert_bytes)
 
 
 @contextlib.contextmanager

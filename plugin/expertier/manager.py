@@ -24,6 +24,8 @@ from expertier.telemetry import PhaseCounters, Stats
 
 logger = logging.getLogger("expertier")
 
+_SWEEP_FROM = 0.5  # share of a layer's experts in one working set from which a step counts as sweeping through layers
+
 _ABSENT, _LOADING, _RESIDENT, _CANCELLING, _SPARE = range(5)
 # _SPARE: the slot still holds memory, but a load into it was given up; nobody may compute on it.
 
@@ -157,6 +159,7 @@ class OffloadManager:
         self._layers = sorted(experts)
         self._position = {layer: position for position, layer in enumerate(self._layers)}
         self._experts = dict(experts)
+        self._top_k = dict(top_k)
         counts = np.array([experts[layer] for layer in self._layers])
         self._base = dict(zip(self._layers, np.concatenate([[0], np.cumsum(counts)[:-1]]).tolist(), strict=True))
         total = int(counts.sum())
@@ -187,7 +190,7 @@ class OffloadManager:
 
         self._stats = Stats(total_bytes=int(self._slot_of.sum()), total_experts=total)
         self._phase: PhaseCounters = self._stats.decode
-        self._tokens = 1
+        self._sweeping = False  # this step needs most experts of every layer
         self._used = 0
         self._lock = threading.Condition()
         self._admission = threading.Lock()  # one caller at a time waits for room, the others hold complete leases
@@ -212,7 +215,7 @@ class OffloadManager:
         with self._lock:
             self._check_open()
             self._policy.advance(tokens)
-            self._tokens = tokens
+            self._sweeping = False
             self._phase = self._stats.decode if phase == "decode" else self._stats.prefill
             self._phase.steps += 1
             self._phase.tokens += tokens
@@ -305,6 +308,7 @@ class OffloadManager:
                     f"the budget is {format_bytes(self._limit(layer))}.",
                     "Raise the budget or process fewer tokens per step (llama.cpp: a smaller n_ubatch).",
                 )
+            self._sweeping |= len(wanted) > self._top_k[layer] and len(wanted) >= _SWEEP_FROM * self._experts[layer]
             self._pins[wanted] += 1
             self._leases += 1
             try:
@@ -408,7 +412,7 @@ class OffloadManager:
                 usable &= self._layer_index == position
         candidates = np.flatnonzero(usable)
         scores = self._policy.keep_scores(candidates, position)
-        if self._tokens > 1:
+        if self._sweeping:
             # A step of many tokens touches most experts of every layer: those of layers still to come would be read
             # again within this very step, so layers already finished give first.
             return candidates[np.lexsort((scores, ~self._finished_in_step[self._layer_index[candidates]]))]
@@ -421,7 +425,7 @@ class OffloadManager:
             worth = np.zeros(len(victims))
         else:
             worth = self._policy.use_probability(victims)
-            if self._tokens > 1:  # layers still to come need all of theirs within this step
+            if self._sweeping:  # layers still to come need all of theirs within this step
                 worth[~self._finished_in_step[self._layer_index[victims]]] = np.inf
         return list(zip(victims.tolist(), worth.tolist(), strict=True))
 

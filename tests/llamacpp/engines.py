@@ -15,9 +15,9 @@ from llama_cpp import llama_cpp as C  # noqa: N812
 
 from expertier.catalog.gguf import read_gguf
 from expertier.catalog.types import Catalog
+from expertier.residency.windows import WindowPool
 from expertier_llamacpp import Llama
 from expertier_llamacpp.loading import open_files
-from expertier_llamacpp.slots import WindowPool
 
 Kernels = Literal["plain", "repacked"]
 

@@ -34,8 +34,9 @@ from expertier.errors import (
 )
 from expertier.manager import OffloadManager
 from expertier.planning.memory import MemoryLimit
+from expertier.residency import pages
 from expertier.storage import StorageFile
-from expertier_llamacpp import Llama, callback, ggml, memory
+from expertier_llamacpp import Llama, callback, ggml
 from expertier_llamacpp import llama as llama_module
 from expertier_llamacpp.buffer import ExpertBufferType
 from llamacpp.engines import PROMPT, TEXT, closing, expertier, settings, sizes, stock_trace, stock_twin, trace
@@ -452,8 +453,8 @@ def test_memory_that_cannot_be_moved_is_mapped_anew(
 ) -> None:
     path = tiny_model(MIXED)  # experts of several windows, of which some may move and others not
     calls = itertools.count()
-    move = memory.move
-    monkeypatch.setattr(memory, "move", lambda *where: works(next(calls)) and move(*where))
+    move = pages.move
+    monkeypatch.setattr(pages, "move", lambda *where: works(next(calls)) and move(*where))
     with closing(expertier(path, sizes(path).layer)) as llm:
         assert all(len(windows) > 1 for windows in llm.offload._pool._windows.values())
         assert trace(llm) == stock_trace(path)
@@ -465,8 +466,8 @@ def test_a_mapping_that_is_refused_is_an_error_and_loses_no_memory(
     tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     path = tiny_model(MIXED)
-    monkeypatch.setattr(memory, "move", lambda *_: False)
-    back = memory.back
+    monkeypatch.setattr(pages, "move", lambda *_: False)
+    back = pages.back
     with closing(expertier(path, sizes(path).layer, expert_lookahead="off")) as llm:
         calls = itertools.count()
 
@@ -476,7 +477,7 @@ def test_a_mapping_that_is_refused_is_an_error_and_loses_no_memory(
             back(address, size, huge=huge)
 
         with monkeypatch.context() as patch:
-            patch.setattr(memory, "back", refuse)
+            patch.setattr(pages, "back", refuse)
             with pytest.raises(ExpertLoadError, match="max_map_count"):
                 trace(llm)
         accessible = sum(

@@ -51,7 +51,8 @@ class Lookahead:
             self._weights[layer] = np.ascontiguousarray(weight, np.float32)
         self._top_k = dict(top_k)
         self._precision = {layer: np.full(2 * top_k[layer], 0.5) for layer in layers}
-        self._pending: tuple[int, NDArray[np.int64], NDArray[np.int64]] | None = None
+        # Layer, and for every absent candidate its token, expert and rank.
+        self._pending: tuple[int, NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]] | None = None
 
     def predict(
         self, layer: int, hidden: NDArray[np.float32], resident: NDArray[np.bool_]
@@ -62,7 +63,7 @@ class Lookahead:
         ----------
         layer : int
             A layer that has a successor (see :meth:`following`).
-        hidden : ndarray of float32, shape (hidden,)
+        hidden : ndarray of float32, shape (hidden,) or (tokens, hidden)
             Its gate input.
         resident : ndarray of bool, shape (experts,)
             Which experts of the following layer need no load.
@@ -70,33 +71,56 @@ class Lookahead:
         Returns
         -------
         experts : ndarray of int64, shape (n,)
-            Absent candidates, likeliest first; n is at most twice the experts used per token.
+            Absent candidates, likeliest first; n is at most twice the experts used per token, for every token.
         chances : ndarray of float64, shape (n,)
-            How often an absent candidate of this rank was used lately.
+            How often an absent candidate of this rank was used lately; that of at least one token using it when
+            several rank it.
         """
         following = self._next[layer]
-        scores = self._weights[layer] @ hidden
-        width = min(2 * self._top_k[following], len(scores))
-        best = np.argpartition(-scores, width - 1)[:width]
-        best = best[np.argsort(-scores[best])].astype(np.int64)
-        ranks = np.flatnonzero(~resident[best])
-        candidates = best[ranks]
-        self._pending = (following, candidates, ranks)
-        return candidates, self._precision[following][ranks]
+        scores = np.atleast_2d(hidden) @ self._weights[layer].T
+        width = min(2 * self._top_k[following], scores.shape[1])
+        best = np.argpartition(-scores, width - 1, axis=1)[:, :width]
+        order = np.argsort(-np.take_along_axis(scores, best, axis=1), axis=1)
+        best = np.take_along_axis(best, order, axis=1).astype(np.int64)
+        tokens, ranks = np.nonzero(~resident[best])
+        candidates = best[tokens, ranks]
+        self._pending = (following, tokens, candidates, ranks)
+        chances = self._precision[following][ranks]
+        if len(scores) == 1:
+            return candidates, chances
+        missing = np.ones(scores.shape[1])  # chance that no token uses it
+        np.multiply.at(missing, candidates, 1.0 - chances)
+        unique = np.unique(candidates)
+        unique = unique[np.argsort(missing[unique], kind="stable")]
+        return unique, 1.0 - missing[unique]
 
     def following(self, layer: int) -> int | None:
         """The MoE layer after `layer`, or ``None``."""
         return self._next.get(layer)
 
-    def learn(self, layer: int, experts: NDArray[np.int64]) -> None:
-        """Compare the last prediction with what the router of `layer` chose for the token."""
+    def learn(self, layer: int, routes: NDArray[np.int64]) -> None:
+        """Compare the last prediction with what the router of `layer` chose.
+
+        Parameters
+        ----------
+        layer : int
+            The layer.
+        routes : ndarray of int64, shape (top_k,) or (tokens, top_k)
+            Its routes, for the tokens the prediction was made for.
+        """
         if self._pending is None or self._pending[0] != layer:
             return
-        _, candidates, ranks = self._pending
+        _, tokens, candidates, ranks = self._pending
         self._pending = None
-        right = (candidates[:, None] == experts).any(axis=1)
-        precision = self._precision[layer]
-        precision[ranks] = _MEMORY * precision[ranks] + (1.0 - _MEMORY) * right
+        table = np.atleast_2d(routes)
+        if not ranks.size or tokens[-1] >= len(table):
+            return
+        right = (candidates[:, None] == table[tokens]).any(axis=1)
+        seen = np.bincount(ranks, minlength=len(self._precision[layer]))
+        hits = np.bincount(ranks, weights=right, minlength=len(seen))
+        past = _MEMORY**seen  # so many observations at once
+        share = np.divide(hits, seen, out=np.zeros(len(seen)), where=seen > 0)
+        self._precision[layer] = past * self._precision[layer] + (1.0 - past) * share
 
     def precision(self, layer: int) -> NDArray[np.float64]:
         """Running precision of absent candidates by rank for a layer, shape ``(2 * top_k,)``."""

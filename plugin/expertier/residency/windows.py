@@ -1,9 +1,10 @@
-"""Where experts live: every expert has a window of its own, all parts of one expert side by side.
+"""Where experts live: every expert has a window of its own in reserved address space.
 
-llama.cpp computes the address of an expert as ``tensor.data + expert * tensor.nb[2]``. The stride is free to choose, so
-the gate, up and down tensors of a layer share one: expert ``e`` occupies one contiguous window with its parts one after
-the other, and no page is shared between experts. A window is either backed by memory or inaccessible, and the memory
-of an expert that leaves moves under the window of the one that comes.
+Engines compute an expert's address as ``base + expert * stride``. Where the stride is free to choose (llama.cpp:
+``tensor.nb[2]``), the parts of a layer share one: expert ``e`` occupies one contiguous window with its parts one after
+the other. Where it is the size of the part (vLLM's CPU kernels), every part has windows of its own. No page is shared
+between experts. A window is either backed by memory or inaccessible, and the memory of an expert that leaves moves
+under the window of the one that comes.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from pathlib import Path
 
 from expertier.catalog.types import ExpertPart, LayerExperts
 from expertier.errors import ExpertLoadError
+from expertier.residency import pages
+from expertier.residency.pages import HUGE_PAGE, PAGE
 from expertier.residency.pool import PlannedRead
 from expertier.storage import StorageFile
-from expertier_llamacpp import memory
-from expertier_llamacpp.memory import HUGE_PAGE, PAGE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +77,14 @@ class WindowPool:
         Open files by path.
     check_for : callable, optional
         Called with tensor name and expert when a read is planned; returns what has to look at the bytes, if anything.
+    packed : bool
+        Whether the experts of a part lie side by side without gaps, as an engine needs that computes addresses from
+        sizes. Their sizes and file offsets must then be multiples of the page size.
+
+    Raises
+    ------
+    ValueError
+        When `packed` is asked for experts that would share pages.
 
     Notes
     -----
@@ -90,6 +99,8 @@ class WindowPool:
         layers: Sequence[LayerExperts],
         files: Mapping[Path, StorageFile],
         check_for: Callable[[str, int], Callable[[memoryview], None] | None] | None = None,
+        *,
+        packed: bool = False,
     ) -> None:
         self._check_for = check_for
         self._windows: dict[int, list[_Window]] = {}
@@ -98,7 +109,8 @@ class WindowPool:
         self._stages = {layer.layer: len(layer.parts) for layer in layers}
         try:
             for layer in layers:
-                self._windows[layer.layer] = self._lay_out(layer, files)
+                lay_out = self._lay_out_packed if packed else self._lay_out
+                self._windows[layer.layer] = lay_out(layer, files)
         except BaseException:
             self.close()
             raise
@@ -119,7 +131,7 @@ class WindowPool:
             size = offset + (PAGE if drift else 0)
             stride = -(-size // HUGE_PAGE) * HUGE_PAGE + drift
             region = -(-(stride * layer.experts + size) // PAGE) * PAGE
-            base = memory.reserve(region)
+            base = pages.reserve(region)
             self._regions.append((base, region))
             parts = []
             for stage in stages:
@@ -128,6 +140,19 @@ class WindowPool:
                 parts.append(_WindowPart(stage=stage, file=files[part.file], part=part, address=address))
                 self.placements[part.name] = PartPlacement(name=part.name, address=address, stride=stride, stage=stage)
             windows.append(_Window(base=base, stride=stride, size=size, parts=tuple(parts)))
+        return windows
+
+    def _lay_out_packed(self, layer: LayerExperts, files: Mapping[Path, StorageFile]) -> list[_Window]:
+        windows = []
+        for stage, part in enumerate(layer.parts):
+            size = part.expert_bytes
+            if size % PAGE or part.offset % PAGE or part.stride % PAGE:
+                raise ValueError(f"experts of {part.name} ({size} bytes) would share pages")
+            base = pages.reserve(size * layer.experts)
+            self._regions.append((base, size * layer.experts))
+            placed = _WindowPart(stage=stage, file=files[part.file], part=part, address=base)
+            windows.append(_Window(base=base, stride=size, size=size, parts=(placed,)))
+            self.placements[part.name] = PartPlacement(name=part.name, address=base, stride=size, stage=stage)
         return windows
 
     # ---- ExpertPool
@@ -146,7 +171,7 @@ class WindowPool:
                 if not (recycled and self._take_over(recycled, (layer, expert))):
                     fresh = True
                     for window in windows:
-                        memory.back(window.start(expert), window.size, huge=window.size >= HUGE_PAGE)
+                        pages.back(window.start(expert), window.size, huge=window.size >= HUGE_PAGE)
             except OSError as error:
                 raise ExpertLoadError(
                     f"No memory mapping for expert {expert} of layer {layer}: {error.strerror}.",
@@ -165,10 +190,10 @@ class WindowPool:
                         stage=placed.stage,
                         file=placed.file,
                         offset=source - lead,
-                        view=memory.view(target - lead, length),
+                        view=pages.view(target - lead, length),
                         needed=lead + size,
                         check=self._check_for(placed.part.name, expert) if self._check_for else None,
-                        prepare=memory.populate if fresh else None,
+                        prepare=pages.populate if fresh else None,
                     )
                 )
         return reads
@@ -179,19 +204,19 @@ class WindowPool:
             self.drop(*source)
             return False
         for index, (before, after) in enumerate(zip(old, new, strict=True)):
-            if not memory.move(before.start(source[1]), after.start(target[1]), before.size):
+            if not pages.move(before.start(source[1]), after.start(target[1]), before.size):
                 for window in old[index:]:
-                    memory.release(window.start(source[1]), window.size)
+                    pages.release(window.start(source[1]), window.size)
                 for window in new[index:]:
-                    memory.back(window.start(target[1]), window.size, huge=window.size >= HUGE_PAGE)
+                    pages.back(window.start(target[1]), window.size, huge=window.size >= HUGE_PAGE)
                 break
         return True
 
     def drop(self, layer: int, expert: int) -> None:
         for window in self._windows[layer]:
-            memory.release(window.start(expert), window.size)
+            pages.release(window.start(expert), window.size)
 
     def close(self) -> None:
         for address, size in self._regions:
-            memory.unmap(address, size)
+            pages.unmap(address, size)
         self._regions.clear()
