@@ -1,0 +1,64 @@
+"""vLLM 0.32: what the process that builds the configuration needs."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from expertier.errors import UnsupportedOptionError
+from expertier_vllm.refusals import ServerFacts, check_server
+
+_STOCK_WORKER: Final = "vllm.v1.worker.cpu_worker.CPUWorker"
+WORKER: Final = "expertier_vllm.compat.v032.worker.ExpertierWorker"
+SCHEDULER: Final = "expertier_vllm.compat.v032.scheduler.ExpertierScheduler"
+
+
+def take_over(config: Any) -> None:
+    """Check a complete ``VllmConfig`` and name our worker and scheduler in it.
+
+    Upstream: ``ParallelConfig.worker_cls`` and ``SchedulerConfig.scheduler_cls``, the options ``--worker-cls`` and
+    ``--scheduler-cls``. Both are names, resolved in the processes that need them. A view of a model's part
+    (``ModelConfig.is_submodel_config``) repeats the configuration of the whole, which was checked.
+
+    Raises
+    ------
+    ExpertierError
+        Expertier cannot take over; see :mod:`expertier_vllm.refusals`.
+    """
+    if config.model_config is None or config.model_config.is_submodel_config:
+        return
+    check_server(read_facts(config))
+    parallel, scheduler = config.parallel_config, config.scheduler_config
+    if parallel.worker_cls not in (_STOCK_WORKER, WORKER):
+        raise UnsupportedOptionError(
+            f"--worker-cls {parallel.worker_cls} is not vLLM's own.", "Start without it, or without Expertier."
+        )
+    parallel.worker_cls = WORKER
+    if scheduler.scheduler_cls is None:
+        scheduler.scheduler_cls = SCHEDULER
+
+
+def read_facts(config: Any) -> ServerFacts:
+    """Read off a ``VllmConfig`` what :func:`expertier_vllm.refusals.check_server` wants to know."""
+    from vllm.platforms import current_platform
+
+    model, parallel, load = config.model_config, config.parallel_config, config.load_config
+    extra = load.model_loader_extra_config
+    return ServerFacts(
+        platform=str(current_platform.device_type),
+        model=str(model.model),
+        experts=int(model.get_num_experts()),
+        load_format=str(load.load_format),
+        load_strategy=load.safetensors_load_strategy,
+        multithread_load=isinstance(extra, dict) and bool(extra.get("enable_multithread_load")),
+        data_parallel=parallel.data_parallel_size,
+        context_parallel=max(parallel.prefill_context_parallel_size, parallel.decode_context_parallel_size),
+        expert_parallel=parallel.enable_expert_parallel,
+        eplb=parallel.enable_eplb,
+        micro_batches=parallel.enable_dbo,
+        lora=config.lora_config is not None,
+        speculative=config.speculative_config is not None,
+        sleep_mode=model.enable_sleep_mode,
+        weight_offload=config.offload_config.uva.cpu_offload_gb > 0
+        or config.offload_config.prefetch.offload_group_size > 0,
+        elastic=bool(parallel.enable_elastic_ep),
+    )

@@ -1,0 +1,176 @@
+"""vLLM 0.32: the worker. Imported only where ``ParallelConfig.worker_cls`` names it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from vllm import __version__
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.custom_op import PluggableLayer, op_registry_oot
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.platforms import current_platform
+from vllm.utils.torch_utils import direct_register_custom_op
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from expertier.planning.memory import process_memory
+from expertier_vllm import refusals
+from expertier_vllm.experts import constructing, managed_class
+from expertier_vllm.options import VllmOptions
+from expertier_vllm.runtime import Runtime, StepKind, WorkerFacts
+
+# ---- the expert layer
+
+_LIBRARY: Final = torch.library.Library("expertier", "FRAGMENT")
+
+
+def _experts(x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, layer_name: str) -> torch.Tensor:
+    """Upstream: ``moe_runner.get_layer_from_name``, which finds layers for stock's own opaque operators."""
+    runner = get_forward_context().no_compile_layers[layer_name]
+    output: torch.Tensor = runner.routed_experts.managed.run(x, topk_weights, topk_ids)
+    return output
+
+
+def _experts_fake(x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, layer_name: str) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+# Where stock on the CPU has its opaque boundary: around the experts only. A wider one changes what Inductor fuses, and
+# with it the rounding (moe_runner.MoERunner._select_forward: Dynamo traces through everything else).
+direct_register_custom_op(
+    "experts", _experts, fake_impl=_experts_fake, target_lib=_LIBRARY, dispatch_key=current_platform.dispatch_key
+)
+
+
+def _register_experts() -> None:
+    """Replace vLLM's expert layer by ours; upstream: ``PluggableLayer.register_oot``, looked up by class name."""
+    owner = op_registry_oot.get("RoutedExperts")
+    if owner is None:
+        managed = managed_class(RoutedExperts, torch.ops.expertier.experts)
+        PluggableLayer.register_oot(managed, name="RoutedExperts")
+    elif not hasattr(owner, "compute_resident"):
+        raise refusals.foreign_experts(f"{owner.__module__}.{owner.__qualname__}")
+
+
+def _step_kind() -> StepKind:
+    """Upstream: ``ForwardContext.attn_metadata``, by layer; profiling and warm-up runs have none."""
+    metadata = get_forward_context().attn_metadata
+    if not isinstance(metadata, dict) or not metadata:
+        return StepKind(real=False, decode=False)
+    first = next(iter(metadata.values()))
+    return StepKind(real=True, decode=getattr(first, "max_query_len", 0) == 1)
+
+
+# ---- the worker
+
+
+class ExpertierWorker(CPUWorker):  # type: ignore[misc]
+    """vLLM's CPU worker with a bounded set of experts."""
+
+    expertier: Runtime
+
+    def load_model(self, **arguments: Any) -> None:
+        options = VllmOptions.from_additional_config(self.vllm_config.additional_config)
+        assert options is not None
+        _register_experts()
+        self.expertier = Runtime(options, self._facts(), _step_kind)
+        token = constructing.set(self.expertier)
+        try:
+            super().load_model(**arguments)
+        finally:
+            constructing.reset(token)
+        self._check_all_managed()
+        self.expertier.finish_loading(*_routers(self.get_model()))
+
+    def _facts(self) -> WorkerFacts:
+        parallel = self.vllm_config.parallel_config
+        size = parallel.tensor_parallel_size
+        return WorkerFacts(
+            checkpoint=_checkpoint(self.vllm_config.model_config),
+            rank=self.rank,
+            local_workers=parallel.local_world_size,
+            shard=f"tp {self.rank % size} of {size}",
+            library=f"vllm {__version__}",
+        )
+
+    def _check_all_managed(self) -> None:
+        kinds: dict[str, int] = {}
+        for module in self.get_model().modules():
+            if isinstance(module, RoutedExperts) and getattr(module, "managed", None) is None:
+                kinds[type(module).__name__] = kinds.get(type(module).__name__, 0) + 1
+        for kind, layers in kinds.items():
+            raise refusals.unmanaged_experts(kind, layers)
+
+    def determine_available_memory(self) -> int:
+        """Leave room for the experts that are not resident yet; an explicit size of the KV cache is left alone."""
+        available = int(super().determine_available_memory())
+        if self.cache_config.kv_cache_memory_bytes is None:
+            available -= self.expertier.reserved
+        return available
+
+    def initialize_from_config(self, kv_cache_config: Any) -> None:
+        before = process_memory().untouched
+        super().initialize_from_config(kv_cache_config)
+        self.expertier.settle_budget(max(0, process_memory().untouched - before))
+
+    def shutdown(self) -> None:
+        super().shutdown()
+        if hasattr(self, "expertier"):
+            self.expertier.close()
+
+    # ---- reached through collective_rpc
+
+    def expertier_stats(self) -> dict[str, Any]:
+        """Counters of this worker; see :meth:`expertier_vllm.runtime.Runtime.stats`."""
+        return self.expertier.stats()
+
+    def expertier_resize(self, budget: str | int) -> int:
+        """Change this worker's budget; returns it in bytes."""
+        return self.expertier.resize(budget)
+
+
+def _checkpoint(model: Any) -> Path:
+    """Directory of a model's files; upstream: ``weight_utils.drop_checkpoint_cache`` finds it alike."""
+    path = Path(model.model)
+    if path.is_dir():
+        return path
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(model.model, revision=model.revision))
+
+
+_ROUTERS: Final = ("gate", "router")
+_NORMS: Final = ("post_attention_layernorm", "ffn_norm", "pre_feedforward_layernorm")
+
+
+def _routers(model: torch.nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:
+    """Find each layer's router weights, shape (experts, hidden), and those of the norm before it, in float32.
+
+    They are looked for by name in the blocks around the experts; what is not found only costs the lookahead.
+    """
+    modules = dict(model.named_modules())
+    gates, norms = {}, {}
+    for name, module in modules.items():
+        stage = getattr(module, "managed", None)
+        if stage is None:
+            continue
+        parts = name.split(".")
+        around = [modules[".".join(parts[:depth])] for depth in range(len(parts) - 1, 0, -1)]
+        gate = _weight(around, _ROUTERS, 2)
+        if gate is not None and gate.shape[0] == stage.experts:
+            gates[stage.layer] = gate
+            norm = _weight(around, _NORMS, 1)
+            if norm is not None and norm.shape[0] == gate.shape[1]:
+                norms[stage.layer] = norm
+    return gates, norms
+
+
+def _weight(blocks: list[torch.nn.Module], names: tuple[str, ...], dimensions: int) -> Any:
+    for block in blocks:
+        for name in names:
+            weight = getattr(getattr(block, name, None), "weight", None)
+            if isinstance(weight, torch.Tensor) and weight.dim() == dimensions:
+                return np.ascontiguousarray(weight.detach().float().numpy())
+    return None

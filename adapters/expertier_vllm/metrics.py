@@ -1,0 +1,205 @@
+"""What workers count, as JSON, as Prometheus samples and as a line in the log. Knows plain records, not vLLM.
+
+A record is what a worker tells about itself: the fields of :class:`expertier.telemetry.Stats` as plain data, its ``rank``
+and its ``mode`` line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from expertier.budget import format_bytes
+from expertier.telemetry import PhaseCounters, Stats
+
+if TYPE_CHECKING:
+    from prometheus_client.core import Metric
+
+Record = Mapping[str, Any]
+PREFIX: Final = "expertier_"
+CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Definition:
+    """One metric: its name after :data:`PREFIX`, and how to read it off a worker's counters (or off a phase's)."""
+
+    name: str
+    kind: Literal["counter", "gauge"]
+    text: str
+    read: Callable[[Any], float]
+    by_phase: bool = False
+
+
+def _plain(name: str, field: str, kind: Literal["counter", "gauge"], text: str) -> _Definition:
+    return _Definition(name=name, kind=kind, text=text, read=lambda stats: float(getattr(stats, field)))
+
+
+def _phase(name: str, read: Callable[[PhaseCounters], float], text: str) -> _Definition:
+    return _Definition(name=name, kind="counter", text=text, read=read, by_phase=True)
+
+
+# The Prometheus client appends _total to the names of counters.
+_DEFINITIONS: Final = (
+    _plain("budget_bytes", "budget_bytes", "gauge", "Memory for experts."),
+    _plain("resident_bytes", "resident_bytes", "gauge", "Memory that experts hold now, loads under way included."),
+    _plain("peak_resident_bytes", "peak_resident_bytes", "gauge", "The most memory that experts ever held."),
+    _plain("model_expert_bytes", "total_bytes", "gauge", "Memory that all experts of the model would take."),
+    _plain("resident_experts", "resident_experts", "gauge", "Experts in memory now."),
+    _plain("model_experts", "total_experts", "gauge", "Experts of the model."),
+    _plain("bytes_read", "bytes_read", "counter", "Bytes read from storage."),
+    _plain("prefetch_bytes_read", "prefetch_bytes_read", "counter", "Bytes read from storage ahead of need."),
+    _plain("evictions", "evictions", "counter", "Experts that lost their memory."),
+    _plain("prefetches", "prefetches", "counter", "Loads begun ahead of need."),
+    _plain("prefetches_used", "prefetches_used", "counter", "Loads begun ahead of need that were needed."),
+    _plain("load_seconds", "load_seconds", "counter", "Time from queueing a load to its last byte, summed over loads."),
+    _phase("steps", lambda phase: phase.steps, "Forward passes."),
+    _phase("tokens", lambda phase: phase.tokens, "Tokens in forward passes."),
+    _phase(
+        "hits",
+        lambda phase: phase.ready_hits + phase.late,
+        "Experts that were resident or whose load was under way when needed, counted once per layer and step.",
+    ),
+    _phase("ready_hits", lambda phase: phase.ready_hits, "Experts that were resident when needed."),
+    _phase("misses", lambda phase: phase.misses, "Experts whose load began when they were needed."),
+    _phase("stall_seconds", lambda phase: phase.stall_seconds, "Time compute waited for experts."),
+)
+
+
+def read_stats(record: Record) -> Stats:
+    """Build the counters back from a worker's record.
+
+    Raises
+    ------
+    TypeError
+        It has no counters.
+    """
+    given = {field.name: record[field.name] for field in fields(Stats) if field.name in record}
+    known = {field.name for field in fields(PhaseCounters)}
+    for name in ("decode", "prefill"):
+        given[name] = PhaseCounters(**{key: value for key, value in given.get(name, {}).items() if key in known})
+    return Stats(**given)
+
+
+def summed(records: Iterable[Record]) -> Stats:
+    """Add up the counters of all workers: each of them keeps experts of its own, or its own share of each expert."""
+    total = Stats()
+    for record in records:
+        _add(total, read_stats(record))
+    return total
+
+
+def _add(total: Any, other: Any) -> None:
+    for field in fields(total):
+        value = getattr(other, field.name)
+        if isinstance(value, PhaseCounters):
+            _add(getattr(total, field.name), value)
+        else:
+            setattr(total, field.name, getattr(total, field.name) + value)
+
+
+def report(records: Sequence[Record]) -> dict[str, Any]:
+    """Answer ``GET /expertier/stats``.
+
+    Parameters
+    ----------
+    records : sequence of mapping
+        One per worker.
+
+    Returns
+    -------
+    dict
+        ``workers``: one object per worker, with ``rank``, ``mode``, all counters and their ratios; ``sum``: the counters
+        of all workers.
+    """
+    workers = [
+        {"rank": record["rank"], "mode": record["mode"], **read_stats(record).as_dict()}
+        for record in sorted(records, key=lambda record: int(record["rank"]))
+    ]
+    return {"workers": workers, "sum": summed(records).as_dict()}
+
+
+def collect(records: Iterable[Record]) -> Iterator[Metric]:
+    """Yield all metrics in the form the Prometheus client takes, labelled by the worker's rank.
+
+    Parameters
+    ----------
+    records : iterable of mapping
+        One per worker.
+    """
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+    workers = [(str(record["rank"]), read_stats(record)) for record in records]
+    for definition in _DEFINITIONS:
+        labels = ("rank", "phase") if definition.by_phase else ("rank",)
+        kind = GaugeMetricFamily if definition.kind == "gauge" else CounterMetricFamily
+        family = kind(PREFIX + definition.name, definition.text, labels=labels)
+        for rank, stats in workers:
+            if definition.by_phase:
+                family.add_metric((rank, "decode"), definition.read(stats.decode))
+                family.add_metric((rank, "prefill"), definition.read(stats.prefill))
+            else:
+                family.add_metric((rank,), definition.read(stats))
+        yield family
+
+
+class Collector:
+    """Fulfils the collector protocol of the Prometheus client.
+
+    Parameters
+    ----------
+    read : callable
+        Gives the workers' records; called for every scrape.
+    """
+
+    def __init__(self, read: Callable[[], Sequence[Record]]) -> None:
+        self._read = read
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield all metrics; none while no worker has told anything yet."""
+        records = self._read()
+        if records:
+            yield from collect(records)
+
+    def describe(self) -> list[Metric]:
+        """Say nothing about names: registering must not wait for a worker."""
+        return []
+
+
+def expose(records: Sequence[Record]) -> bytes:
+    """Write all metrics in Prometheus' text format."""
+    from prometheus_client import CollectorRegistry, generate_latest
+
+    registry = CollectorRegistry()
+    registry.register(Collector(lambda: records))
+    return generate_latest(registry)
+
+
+def log_line(rank: int, before: Stats, now: Stats, seconds: float) -> str:
+    """Say in one line what a worker did in the last seconds.
+
+    Parameters
+    ----------
+    rank : int
+        The worker.
+    before, now : Stats
+        Its counters at the ends of the time.
+    seconds : float
+        How long that was.
+    """
+    parts = [
+        f"Expertier, worker {rank}: {format_bytes(now.resident_bytes)} of {format_bytes(now.budget_bytes)} resident "
+        f"({now.resident_experts} of {now.total_experts} experts)"
+    ]
+    for name, old, new in (("decode", before.decode, now.decode), ("prefill", before.prefill, now.prefill)):
+        needed = new.requests - old.requests
+        if needed:
+            hits = 100 * (1 - (new.misses - old.misses) / needed)
+            ready = 100 * (new.ready_hits - old.ready_hits) / needed
+            parts.append(f"{name} hits {hits:.1f} % (ready {ready:.1f} %)")
+    waited = now.decode.stall_seconds + now.prefill.stall_seconds
+    waited -= before.decode.stall_seconds + before.prefill.stall_seconds
+    parts.append(f"read {format_bytes(int((now.bytes_read - before.bytes_read) / seconds))}/s")
+    parts.append(f"waited {100 * waited / seconds:.0f} % of the time")
+    return ", ".join(parts)

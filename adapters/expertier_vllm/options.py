@@ -1,0 +1,87 @@
+"""Options of the vLLM adapter: what stands under ``expertier`` in ``--additional-config``."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Final
+
+from expertier.budget import parse_budget
+from expertier.config import OffloadOptions
+from expertier.errors import UnsupportedOptionError
+
+KEY: Final = "expertier"
+"""Key in ``--additional-config`` that turns Expertier on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VllmOptions:
+    """Everything a user can set under ``expertier``.
+
+    Attributes
+    ----------
+    offload : OffloadOptions
+        The options that all engines share.
+    budget_endpoint : bool
+        Whether ``POST /expertier/budget`` changes the budget of a running server. Off unless asked for, because
+        whoever reaches the server's port could use it.
+    """
+
+    offload: OffloadOptions = field(default_factory=OffloadOptions)
+    budget_endpoint: bool = False
+
+    @classmethod
+    def from_additional_config(cls, additional: object) -> VllmOptions | None:
+        """Read vLLM's ``additional_config``.
+
+        Parameters
+        ----------
+        additional : object
+            A mapping, or what a platform has put in its place.
+
+        Returns
+        -------
+        VllmOptions or None
+            ``None`` when Expertier was not asked for.
+
+        Raises
+        ------
+        UnsupportedOptionError
+            For an unknown key, naming the nearest known one, or a value that an option cannot have.
+        BudgetError
+            For a budget that is not an amount.
+        """
+        if not isinstance(additional, Mapping) or KEY not in additional:
+            return None
+        given = additional[KEY]
+        if not isinstance(given, Mapping):
+            raise UnsupportedOptionError(
+                f"additional_config[{KEY!r}] is {given!r}, not an object.",
+                f"""Write --additional-config '{{"{KEY}": {{"budget": "50%"}}}}'.""",
+            )
+        own = {option.name for option in fields(cls)} - {"offload"}
+        shared = {option.name for option in fields(OffloadOptions)}
+        for name in given:
+            if name not in own | shared:
+                raise _unknown(str(name), sorted(own | shared))
+        offload = OffloadOptions.from_mapping({name: given[name] for name in given if name in shared})
+        if offload.repack == "off":
+            raise UnsupportedOptionError(
+                "repack='off' is not possible in vLLM: its kernels compute on rearranged weights only.",
+                "Leave repack at 'auto'.",
+            )
+        parse_budget(offload.budget, 1 << 60)  # a slip of the pen is told before any work
+        return cls(offload=offload, **{name: _flag(name, given[name]) for name in given if name in own})
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise UnsupportedOptionError(f"{name}={value!r} is not possible.", "Choose from: true, false.")
+    return value
+
+
+def _unknown(name: str, known: list[str]) -> UnsupportedOptionError:
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"Did you mean {nearest[0]!r}? " if nearest else ""
+    return UnsupportedOptionError(f"Expertier has no option {name!r}.", f"{hint}Options are: {', '.join(known)}.")

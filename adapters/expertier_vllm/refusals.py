@@ -1,0 +1,195 @@
+"""What Expertier cannot do in vLLM, each with its name and the way out. Knows facts, not vLLM."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from expertier.errors import (
+    ExpertierError,
+    NotMoEError,
+    UnsupportedEngineError,
+    UnsupportedModelError,
+    UnsupportedOptionError,
+)
+
+LOAD_FORMATS: Final = frozenset({"auto", "hf", "safetensors", "mistral"})
+"""Load formats whose tensors are mapped from safetensors files: nothing is in memory before it is used."""
+
+LOAD_STRATEGIES: Final = frozenset({None, "lazy"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerFacts:
+    """What decides whether Expertier can take over, read off vLLM's configuration.
+
+    Attributes
+    ----------
+    platform : str
+        ``cpu``, ``cuda``, ``rocm``, ...
+    model : str
+        The model as it was named.
+    experts : int
+        Routed experts per layer; 0 for a dense model.
+    load_format : str
+        ``--load-format``.
+    load_strategy : str or None
+        ``--safetensors-load-strategy``.
+    multithread_load : bool
+        ``enable_multithread_load`` in ``--model-loader-extra-config``.
+    data_parallel, context_parallel : int
+        Sizes of vLLM's parallel groups of these kinds.
+    expert_parallel, eplb, micro_batches, lora, speculative, sleep_mode, weight_offload, elastic : bool
+        Features that are on.
+    """
+
+    platform: str
+    model: str
+    experts: int
+    load_format: str = "auto"
+    load_strategy: str | None = None
+    multithread_load: bool = False
+    data_parallel: int = 1
+    context_parallel: int = 1
+    expert_parallel: bool = False
+    eplb: bool = False
+    micro_batches: bool = False
+    lora: bool = False
+    speculative: bool = False
+    sleep_mode: bool = False
+    weight_offload: bool = False
+    elastic: bool = False
+
+
+def check_server(facts: ServerFacts) -> None:
+    """Refuse what is known to be impossible before anything is loaded.
+
+    Raises
+    ------
+    NotMoEError
+        The model is dense.
+    UnsupportedEngineError
+        The platform has no backend of ours.
+    UnsupportedOptionError
+        An option of vLLM excludes Expertier.
+    """
+    for refused, error in _findings(facts):
+        if refused:
+            raise error
+
+
+def _findings(facts: ServerFacts) -> list[tuple[bool, ExpertierError]]:
+    plain = "Start without it, or without Expertier."
+    option = UnsupportedOptionError
+    return [
+        (
+            not facts.experts,
+            NotMoEError(
+                f"{facts.model} has no routed experts: there is nothing to offload.", "Start without Expertier."
+            ),
+        ),
+        (
+            facts.platform != "cpu",
+            UnsupportedEngineError(
+                f"Expertier does not manage experts on {facts.platform} yet, only in vLLM's CPU build.",
+                "Start without Expertier; vLLM's own --cpu-offload-gb offloads whole layers.",
+            ),
+        ),
+        (facts.eplb, option("--enable-eplb moves experts between ranks, and so does Expertier.", plain)),
+        (
+            facts.expert_parallel,
+            option(
+                "--enable-expert-parallel is not supported: Expertier manages every expert of a worker's shard.",
+                "Use --tensor-parallel-size, or start without Expertier.",
+            ),
+        ),
+        (
+            facts.data_parallel > 1,
+            option(
+                "--data-parallel-size above 1 is not supported: its ranks would share one expert layer.",
+                "Start several servers.",
+            ),
+        ),
+        (facts.context_parallel > 1, option("Context parallelism is not supported.", plain)),
+        (facts.micro_batches, option("--enable-dbo runs two batches through a layer at once.", plain)),
+        (facts.elastic, option("Elastic expert parallelism is not supported.", plain)),
+        (facts.lora, option("--enable-lora is not supported: its kernels need all experts at once.", plain)),
+        (
+            facts.speculative,
+            option("Speculative decoding is not supported: drafts and verification are steps of another kind.", plain),
+        ),
+        (facts.sleep_mode, option("--enable-sleep-mode would save and restore memory that Expertier moves.", plain)),
+        (
+            facts.weight_offload,
+            option(
+                "vLLM's own weight offloading is on (--cpu-offload-gb, --offload-group-size).",
+                "Leave it to Expertier, or start without Expertier.",
+            ),
+        ),
+        (
+            facts.load_format not in LOAD_FORMATS,
+            option(
+                f"--load-format {facts.load_format} brings experts into memory, or has none.",
+                f"Use one of: {', '.join(sorted(LOAD_FORMATS))}, with safetensors files.",
+            ),
+        ),
+        (
+            facts.load_strategy not in LOAD_STRATEGIES,
+            option(
+                f"--safetensors-load-strategy {facts.load_strategy} reads all experts into memory.",
+                "Leave it at lazy.",
+            ),
+        ),
+        (
+            facts.multithread_load,
+            option("enable_multithread_load is not supported.", "Remove it from --model-loader-extra-config."),
+        ),
+    ]
+
+
+def monolithic_backend(name: str) -> UnsupportedOptionError:
+    """The kernels of a layer route by themselves: nobody learns which experts a step needs before they compute."""
+    return UnsupportedOptionError(
+        f"The MoE backend {name} is monolithic: it routes inside its kernel, so experts cannot be loaded in between.",
+        "Choose a modular one with --moe-backend, or start without Expertier.",
+    )
+
+
+def foreign_experts(owner: str) -> UnsupportedEngineError:
+    """Another plugin registered its own class for the expert layer."""
+    return UnsupportedEngineError(
+        f"Another plugin has already replaced vLLM's RoutedExperts with {owner}.",
+        "Name the plugins you want in VLLM_PLUGINS, and only one of the two.",
+    )
+
+
+def unmanaged_experts(kind: str, layers: int) -> UnsupportedModelError:
+    """A model brought expert layers of its own."""
+    return UnsupportedModelError(
+        f"{layers} expert layers of this model are of the kind {kind}, which Expertier does not manage.",
+        "Start without Expertier.",
+    )
+
+
+def unverified_quantisation(method: str) -> UnsupportedModelError:
+    """Experts are quantised by a method that was not verified."""
+    return UnsupportedModelError(
+        f"Experts quantised with {method} are not supported yet in vLLM.",
+        "Use a checkpoint in bf16, fp16 or fp32, or start without Expertier.",
+    )
+
+
+def shared_pages(name: str, size: int, page: int) -> UnsupportedModelError:
+    """Experts that share pages cannot come and go one by one."""
+    return UnsupportedModelError(
+        f"An expert's {name} has {size} bytes, not a multiple of the page size {page}: experts would share pages.",
+        "Start without Expertier.",
+    )
+
+
+def not_on_storage(name: str) -> UnsupportedModelError:
+    """A tensor that vLLM made in memory instead of mapping it from a file."""
+    return UnsupportedModelError(
+        f"The expert weights {name} are not in a safetensors file but were made in memory while loading.",
+        "Convert the checkpoint to safetensors, or start without Expertier.",
+    )

@@ -1,0 +1,425 @@
+"""One model in one worker process: its expert layers, their memory, and what happens when a layer computes."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from expertier.budget import format_bytes, parse_budget
+from expertier.catalog.pack import Pack, PackKey, find_or_build
+from expertier.catalog.safetensors import build_catalog, content_digest, read_layout
+from expertier.catalog.types import LayerExperts
+from expertier.errors import BudgetError, ExpertierError
+from expertier.manager import ManagerConfig, OffloadManager
+from expertier.planning.memory import memory_left
+from expertier.residency.windows import WindowPool
+from expertier.routing import AheadLoader, GainGate, Lookahead
+from expertier.storage import StorageFile
+from expertier_vllm.grouping import token_groups
+from expertier_vllm.loading import (
+    MappedFiles,
+    SourceReader,
+    announce,
+    find_sidecar,
+    read_rows,
+    sidecar_directories,
+    sidecar_name,
+)
+from expertier_vllm.options import VllmOptions
+from expertier_vllm.stage import ExpertStage, layers_in_order
+
+logger = logging.getLogger("expertier")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerFacts:
+    """What a runtime knows of the worker it lives in.
+
+    Attributes
+    ----------
+    checkpoint : Path
+        Directory of the checkpoint.
+    rank : int
+        Of the worker, in the whole server.
+    local_workers : int
+        Workers on this machine, which share its memory.
+    shard : str
+        Names the worker's part of every layer, e.g. ``tp 0 of 2``.
+    library : str
+        Engine and version, e.g. ``vllm 0.32.0``.
+    """
+
+    checkpoint: Path
+    rank: int
+    local_workers: int
+    shard: str
+    library: str
+
+
+@dataclass(frozen=True, slots=True)
+class StepKind:
+    """What kind of forward pass runs.
+
+    Attributes
+    ----------
+    real : bool
+        Whether it serves requests; warm-ups and profiling runs do not.
+    decode : bool
+        Whether every request contributes one token.
+    """
+
+    real: bool
+    decode: bool
+
+
+class Runtime:
+    """Expert layers of one model in one worker.
+
+    Parameters
+    ----------
+    options : VllmOptions
+        What the user set.
+    facts : WorkerFacts
+        Where this is.
+    step_kind : callable
+        Tells about the running forward pass.
+
+    Attributes
+    ----------
+    manager : OffloadManager
+        Exists once the last layer has been loaded.
+
+    Notes
+    -----
+    Life: layers are added while the model is built; :meth:`sources` decides at the first weight whether a sidecar is
+    there; :meth:`loaded` is called for every layer, and the last one makes sidecar, pool and manager;
+    :meth:`finish_loading` checks that nothing was missed; :meth:`settle_budget` when the KV cache has its memory.
+    """
+
+    manager: OffloadManager
+
+    def __init__(self, options: VllmOptions, facts: WorkerFacts, step_kind: Callable[[], StepKind]) -> None:
+        self.options = options
+        self.facts = facts
+        self._step_kind = step_kind
+        self._stages: list[ExpertStage] = []
+        self._waiting: set[str] = set()
+        self._layout = read_layout(facts.checkpoint)
+        self._catalog = build_catalog(self._layout)
+        self._mapped: MappedFiles | None = None
+        self._pack: Pack | None = None
+        self._asked: int | None = None
+        self._smallest = self._largest = 0
+        self._ahead: AheadLoader | None = None
+        self._kind = StepKind(real=False, decode=False)
+        self._step_open = False
+        self._mode = ""
+
+    # ---- building and loading
+
+    def add(self, stage: ExpertStage) -> None:
+        """Take a layer in; called when it has been constructed."""
+        stage.runtime = self
+        stage.top_k = int(stage.module.top_k)
+        self._stages.append(stage)
+        self._waiting.add(stage.name)
+
+    def sources(self) -> MappedFiles | None:
+        """Where to note checkpoint tensors; ``None`` when an earlier start has left a sidecar."""
+        if self._pack is None and self._mapped is None:
+            key = self._key()
+            self._pack = find_sidecar(self._directories(), sidecar_name(self.facts.checkpoint, key), key)
+            self._mapped = MappedFiles()
+        return None if self._pack is not None else self._mapped
+
+    def _key(self) -> PackKey:
+        layers = sorted(stage.layer for stage in self._stages)
+        method = self._stages[0].method
+        kernel = getattr(method, "experts_cls", None)
+        layout = (
+            f"{type(method).__name__} {getattr(kernel, '__name__', '')} {getattr(kernel, 'isa', '')}, "
+            f"{self.facts.shard}, layers {layers[0]}..{layers[-1]}, {self._stages[0].module.params_dtype}"
+        )
+        return PackKey(
+            model=self._catalog.fingerprint,
+            content=content_digest(self._layout),
+            layout=layout,
+            library=self.facts.library,
+        )
+
+    def _directories(self) -> list[Path]:
+        return sidecar_directories(self.facts.checkpoint, self.options.offload.sidecar_dir)
+
+    def loaded(self, stage: ExpertStage) -> None:
+        """Note that a layer's weights have been handed out; the last layer completes the experts."""
+        if stage.name not in self._waiting:
+            raise ExpertierError("Weights cannot be loaded a second time under Expertier.", "Start a new server.")
+        stage.set_up()
+        self._waiting.discard(stage.name)
+        if not self._waiting:
+            self._complete()
+
+    def _complete(self) -> None:
+        self._stages = layers_in_order(self._stages)
+        key = self._key()
+        parts = {stage.layer: stage.parts() for stage in self._stages}
+        offload = self.options.offload
+        with contextlib.closing(SourceReader(offload.io_mode)) as reader:
+            pack = self._pack or find_or_build(
+                self._directories(),
+                sidecar_name(self.facts.checkpoint, key),
+                key=key,
+                parts=[part for stage in self._stages for part in parts[stage.layer]],
+                produce=lambda: (view for stage in self._stages for view in stage.produce(reader)),
+                announce=announce,
+            )
+        if self._mapped is not None:
+            self._mapped.forget()
+        self._pack = pack
+        layers = pack.layers(
+            LayerExperts(layer=stage.layer, experts=stage.experts, top_k=stage.top_k, parts=tuple(parts[stage.layer]))
+            for stage in self._stages
+        )
+        file = StorageFile(pack.path, offload.io_mode)
+        weakref.finalize(self, file.close)
+        self._make_manager(layers, pack, file)
+
+    def _make_manager(self, layers: tuple[LayerExperts, ...], pack: Pack, file: StorageFile) -> None:
+        windowed = {f"{stage.name}.{row.param}" for stage in self._stages for row in stage.rows if row.window}
+        managed = [
+            LayerExperts(
+                layer=layer.layer,
+                experts=layer.experts,
+                top_k=layer.top_k,
+                parts=tuple(part for part in layer.parts if part.name in windowed),
+            )
+            for layer in layers
+        ]
+        pool = WindowPool(managed, {pack.path: file}, pack.check, packed=True)
+        offload = self.options.offload
+        self._smallest = max(layer.top_k * pool.slot_bytes(layer.layer) for layer in managed)
+        self._largest = sum(layer.experts * pool.slot_bytes(layer.layer) for layer in managed)
+        self._asked = parse_budget(offload.budget, self._largest)
+        # Until the KV cache has its memory, budget "auto" holds one layer: enough for warm-ups.
+        one_layer = max(layer.experts * pool.slot_bytes(layer.layer) for layer in managed)
+        try:
+            self.manager = OffloadManager(
+                experts={layer.layer: layer.experts for layer in managed},
+                top_k={layer.layer: layer.top_k for layer in managed},
+                pool=pool,
+                budget=min(self._asked or one_layer, self._largest),
+                config=ManagerConfig(
+                    policy=offload.policy, half_life=offload.half_life, io_threads=offload.io_threads, fill=True
+                ),
+            )
+        except BaseException:
+            pool.close()
+            raise
+        weakref.finalize(self, self.manager.close)
+        self._slot = {layer.layer: pool.slot_bytes(layer.layer) for layer in managed}
+        self._last = len(self._stages) - 1
+        addresses = {name: placement.address for name, placement in pool.placements.items()}
+        for stage, layer in zip(self._stages, layers, strict=True):
+            resident = {
+                part.name: read_rows(file, pack, part, stage.row(part.name).dtype)
+                for part in layer.parts
+                if part.name not in windowed
+            }
+            stage.settle(addresses, resident)
+
+    def finish_loading(
+        self, gates: Mapping[int, NDArray[np.float32]], norms: Mapping[int, NDArray[np.float32]]
+    ) -> None:
+        """Prepare for serving when the model is complete.
+
+        Parameters
+        ----------
+        gates : mapping of int to ndarray of float32, shape (experts, hidden)
+            Router weights by layer; layers whose router was not found are missing.
+        norms : mapping of int to ndarray of float32, shape (hidden,)
+            Weights of the norm before the router, by layer.
+        """
+        offload = self.options.offload
+        lookahead = None
+        if offload.lookahead != "off" and set(gates) == {stage.layer for stage in self._stages}:
+            lookahead = Lookahead(gates=gates, norms=norms, top_k={stage.layer: stage.top_k for stage in self._stages})
+        self._ahead = AheadLoader(
+            manager=self.manager,
+            experts={stage.layer: stage.experts for stage in self._stages},
+            lookahead=lookahead,
+            gate=GainGate(offload.lookahead),
+        )
+
+    # ---- budget
+
+    def settle_budget(self, promised: int = 0) -> None:
+        """Take the final budget, now that everything else has its memory.
+
+        Parameters
+        ----------
+        promised : int
+            Bytes that others have reserved and not touched yet.
+
+        Raises
+        ------
+        BudgetError
+            The machine cannot hold the budget; or, for "auto", not even one token's experts.
+        """
+        limit = memory_left()
+        held = self.manager.stats().resident_bytes
+        left = held + (limit.left - promised) // self.facts.local_workers
+        if self._asked is None:
+            amount = min(left - self._margin(limit.left), self._largest)
+            if amount < self._smallest:
+                raise BudgetError(
+                    f"{limit.source} leaves {format_bytes(max(0, amount))} for experts, one token needs "
+                    f"{format_bytes(self._smallest)}.",
+                    "Raise the memory limit, or give the KV cache less (VLLM_CPU_KVCACHE_SPACE).",
+                )
+            self.manager.resize(amount)
+        elif self.manager.budget > left:
+            raise BudgetError(
+                f"A budget of {format_bytes(self.manager.budget)} exceeds what {limit.source} has left for experts "
+                f"({format_bytes(max(0, left))}).",
+                "Lower the budget, or use 'auto' to take what there is.",
+            )
+        self.manager.warm_up()
+        self._mode = self._mode_line()
+        print(self._mode, file=sys.stderr, flush=True)
+
+    def _margin(self, left: int) -> int:
+        margin = self.options.offload.margin
+        if margin == "auto":
+            return (64 << 20) + left // 50
+        return parse_budget(margin, left) or 0
+
+    def resize(self, budget: str | int) -> int:
+        """Change the budget of a running server; returns the new one in bytes.
+
+        Raises
+        ------
+        BudgetError
+            It is not an amount, or too small; the old one stays in force.
+        """
+        asked = parse_budget(budget, self._largest)
+        if asked is None:
+            held = self.manager.stats().resident_bytes
+            limit = memory_left()
+            asked = max(self._smallest, held + limit.left // self.facts.local_workers - self._margin(limit.left))
+        self.manager.resize(min(asked, self._largest))
+        return self.manager.budget
+
+    @property
+    def reserved(self) -> int:
+        """Bytes of the budget that experts do not hold yet."""
+        return self.manager.budget - self.manager.stats().resident_bytes
+
+    # ---- what others see
+
+    def stats(self) -> dict[str, Any]:
+        """Counters as plain data: :meth:`expertier.telemetry.Stats.as_dict`, ``rank`` and ``mode``."""
+        return {**self.manager.stats().as_dict(), "rank": self.facts.rank, "mode": self._mode}
+
+    def _mode_line(self) -> str:
+        stats = self.manager.stats()
+        assert self._pack is not None
+        return (
+            f"expertier: {self._catalog.architecture}, {self.facts.shard}, {stats.total_experts} experts of "
+            f"{format_bytes(max(self._slot.values()))}, budget {format_bytes(stats.budget_bytes)} of "
+            f"{format_bytes(stats.total_bytes)} ({100 * stats.budget_bytes / stats.total_bytes:.0f} %), "
+            f"policy {self.manager.config.policy}, sidecar {self._pack.path}, lossless"
+        )
+
+    def close(self) -> None:
+        """Stop I/O and give all memory back; no layer may compute any more."""
+        if hasattr(self, "manager"):
+            self.manager.close()
+
+    # ---- computing
+
+    def run(self, stage: ExpertStage, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Compute a layer's experts with stock's kernel, after bringing in those that are absent.
+
+        Parameters
+        ----------
+        stage : ExpertStage
+            The layer.
+        x : Tensor, shape (tokens, hidden)
+            Hidden states.
+        weights, ids : Tensor of float32 and int32, shape (tokens, top_k)
+            What the router chose.
+
+        Raises
+        ------
+        ExpertLoadError
+            An expert could not be read; the step has no output.
+        """
+        try:
+            if stage.position == 0 or not self._step_open:
+                self._begin(len(ids))
+            routes = ids.numpy().astype(np.int64)
+            if self._kind.real:
+                self.manager.observe(stage.layer, routes)
+            capacity = self.manager.budget // self._slot[stage.layer]
+            if routes.size > capacity and len(np.unique(routes)) > capacity:
+                output = self._run_groups(stage, x, weights, ids, routes, capacity)
+            else:
+                output = self._run_whole(stage, x, weights, ids, routes)
+        except BaseException:
+            self._end()
+            raise
+        if stage.position == self._last:
+            self._end()
+        return output
+
+    def _run_whole(
+        self,
+        stage: ExpertStage,
+        x: torch.Tensor,
+        weights: torch.Tensor,
+        ids: torch.Tensor,
+        routes: NDArray[np.int64],
+    ) -> torch.Tensor:
+        with self.manager.acquire(stage.layer, routes, wait=False) as lease:
+            if self._ahead is not None:
+                self._ahead.after_router(stage.layer, routes, lambda: x.float().numpy(), decode=self._kind.decode)
+            lease.wait()
+            output: torch.Tensor = stage.module.compute_resident(x, weights, ids)
+        return output
+
+    def _run_groups(
+        self,
+        stage: ExpertStage,
+        x: torch.Tensor,
+        weights: torch.Tensor,
+        ids: torch.Tensor,
+        routes: NDArray[np.int64],
+        capacity: int,
+    ) -> torch.Tensor:
+        output = torch.empty_like(x)
+        for tokens, wanted in token_groups(routes, capacity, self.manager.resident(stage.layer)):
+            rows = torch.from_numpy(tokens)
+            with self.manager.acquire(stage.layer, wanted):
+                output[rows] = stage.module.compute_resident(x[rows], weights[rows], ids[rows])
+        return output
+
+    def _begin(self, tokens: int) -> None:
+        self._end()
+        self._kind = self._step_kind()
+        self.manager.begin_step(tokens, "decode" if self._kind.decode else "prefill")
+        self._step_open = True
+
+    def _end(self) -> None:
+        if self._step_open:
+            self._step_open = False
+            self.manager.end_step()
