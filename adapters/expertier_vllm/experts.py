@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from expertier_vllm.loading import ExpertStage
+from expertier_vllm.stage import ExpertStage
 
 if TYPE_CHECKING:
     from expertier_vllm.runtime import Runtime

@@ -11,7 +11,7 @@ import bisect
 import contextlib
 import ctypes
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,13 +64,19 @@ class Source:
 class MappedFiles:
     """Finds the file behind a mapped tensor.
 
+    Parameters
+    ----------
+    files : iterable of Path
+        The checkpoint's files; what is mapped from elsewhere does not count.
+
     Notes
     -----
     safetensors does not tell (``UntypedStorage.filename`` is empty), the kernel does: ``/proc/self/maps``. A tensor of
     every mapping is kept, so that the mapping stays and an address cannot come to mean another file.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, files: Iterable[Path]) -> None:
+        self._files = {file.resolve() for file in files}
         self._starts: list[int] = []
         self._mappings: list[tuple[int, Path, int, torch.Tensor]] = []
 
@@ -91,7 +97,7 @@ class MappedFiles:
                 fields = line.split(maxsplit=5)
                 start, end = (int(edge, 16) for edge in fields[0].split("-"))
                 if start <= address < end:
-                    if len(fields) < 6 or not fields[5].startswith("/") or fields[1][1] == "w":
+                    if len(fields) < 6 or Path(fields[5].rstrip("\n")) not in self._files:
                         return False
                     index = bisect.bisect_right(self._starts, start)
                     self._starts.insert(index, start)

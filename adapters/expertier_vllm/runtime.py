@@ -139,7 +139,7 @@ class Runtime:
         if self._pack is None and self._mapped is None:
             key = self._key()
             self._pack = find_sidecar(self._directories(), sidecar_name(self.facts.checkpoint, key), key)
-            self._mapped = MappedFiles()
+            self._mapped = MappedFiles(file.path for file in self._layout.files)
         return None if self._pack is not None else self._mapped
 
     def _key(self) -> PackKey:
