@@ -1,5 +1,6 @@
-# A fresh Linux machine needs Python 3.10 or newer with venv, a C and C++ compiler, and make. Everything else is installed
-# into .venv, and what is expensive to build is kept in $EXPERTIER_CACHE (default ~/.cache/expertier).
+# A fresh Linux machine needs Python 3.11 or newer with venv, a C and C++ compiler, and make (`make demo` does with Python
+# 3.10). Everything else is installed into .venv, and what is expensive to build is kept in $EXPERTIER_CACHE (default
+# ~/.cache/expertier).
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -15,7 +16,8 @@ BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
 
 # On PyPI, torch for Linux is a large CUDA build. Set TORCH_INDEX to the address of PyTorch's index of CPU wheels to save
-# two gigabytes; leave it empty where pip is already configured to find the build you want.
+# two gigabytes, and because it is what vLLM's CPU build was compiled against; leave it empty where pip is already
+# configured to find the build you want.
 TORCH_INDEX ?=
 TORCH := torch==2.13.0
 
@@ -31,7 +33,7 @@ help: ## list what can be made
 	@echo 'usage: make TARGET [MODEL=model.gguf]'
 	@sed -nE 's/^([a-z-]+):.*## (.*)$$/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
-setup: $(STAMPS)/installed ## create .venv with the engine, the tools and Expertier in it (first time: about 8 minutes)
+setup: $(STAMPS)/installed $(STAMPS)/vllm ## create .venv with both engines, the tools and Expertier (first time: about 10 minutes)
 
 $(STAMPS)/venv:
 	@test -n "$(PYTHON)" || { echo 'No Python 3.10 or newer with venv was found; install one or set PYTHON=/path/to/python3.' >&2; exit 1; }
@@ -58,6 +60,11 @@ $(STAMPS)/installed: $(STAMPS)/engine $(STAMPS)/torch pyproject.toml
 	@$(PIP_INSTALL) --editable '.[llamacpp,train,test]'
 	@touch $@
 
+# Last, because it only adds to what is there. What needs llama.cpp alone, like `make demo`, never downloads it.
+$(STAMPS)/vllm: $(STAMPS)/installed examples/setup/install_vllm.py
+	@$(BIN)/python examples/setup/install_vllm.py
+	@touch $@
+
 # Trained base and product are kept in the cache directory: the second time the script only finds them.
 demo: $(STAMPS)/installed ## stock llama.cpp and Expertier side by side under three memory limits
 	@model='$(MODEL)'; \
@@ -70,13 +77,13 @@ demo: $(STAMPS)/installed ## stock llama.cpp and Expertier side by side under th
 
 test: lint unit ## everything CI runs: linter, formatter, types, all tests
 
-lint: $(STAMPS)/installed ## linter, formatter and type checker
+lint: $(STAMPS)/installed $(STAMPS)/vllm ## linter, formatter and type checker
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 # Waiting worker threads must not spin: on two shared cores that costs an engine most of its speed.
-unit: $(STAMPS)/installed
+unit: $(STAMPS)/installed $(STAMPS)/vllm
 	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} $(BIN)/python -m pytest
 
 llama-patched: $(STAMPS)/venv ## build a llama-cpp-python wheel with the optional patches (patches/README.md)
