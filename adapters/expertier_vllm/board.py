@@ -2,8 +2,8 @@
 
 vLLM's scrape handler cannot wait for an answer of the engine, and an engine that computes a long prompt would not give
 one for seconds. So every worker writes its record into a small file, at most once a second and only when something
-changed, and a scrape reads the files. They lie in memory (``/dev/shm``) where there is one, in a directory that only this
-user can read, and go with the worker.
+changed, and a scrape reads the files. They lie in memory (``/dev/shm``) where that exists, in a directory that only
+this user can read, and go with the worker.
 """
 
 from __future__ import annotations

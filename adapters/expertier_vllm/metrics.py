@@ -1,7 +1,7 @@
 """What workers count, as JSON, as Prometheus samples and as a line in the log. Knows plain records, not vLLM.
 
-A record is what a worker tells about itself: the fields of :class:`expertier.telemetry.Stats` as plain data, its ``rank``
-and its ``mode`` line.
+A record is what a worker tells about itself: the fields of :class:`expertier.telemetry.Stats` as plain data, its
+``rank`` and its ``mode`` line.
 """
 
 from __future__ import annotations
@@ -110,8 +110,8 @@ def report(records: Sequence[Record]) -> dict[str, Any]:
     Returns
     -------
     dict
-        ``workers``: one object per worker, with ``rank``, ``mode``, all counters and their ratios; ``sum``: the counters
-        of all workers.
+        ``workers``: one object per worker, with ``rank``, ``mode``, all counters and their ratios; ``sum``: the
+        counters of all workers.
     """
     workers = [
         {"rank": record["rank"], "mode": record["mode"], **read_stats(record).as_dict()}
@@ -188,10 +188,8 @@ def log_line(rank: int, before: Stats, now: Stats, seconds: float) -> str:
     seconds : float
         How long that was.
     """
-    parts = [
-        f"Expertier, worker {rank}: {format_bytes(now.resident_bytes)} of {format_bytes(now.budget_bytes)} resident "
-        f"({now.resident_experts} of {now.total_experts} experts)"
-    ]
+    resident = f"{format_bytes(now.resident_bytes)} of {format_bytes(now.budget_bytes)} resident"
+    parts = [f"Expertier, worker {rank}: {resident} ({now.resident_experts} of {now.total_experts} experts)"]
     for name, old, new in (("decode", before.decode, now.decode), ("prefill", before.prefill, now.prefill)):
         needed = new.requests - old.requests
         if needed:
