@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from expertier.errors import UnsupportedOptionError
+from expertier_vllm.board import publish
 from expertier_vllm.refusals import ServerFacts, check_server
 
 _STOCK_WORKER: Final = "vllm.v1.worker.cpu_worker.CPUWorker"
@@ -35,6 +36,7 @@ def take_over(config: Any) -> None:
     parallel.worker_cls = WORKER
     if scheduler.scheduler_cls is None:
         scheduler.scheduler_cls = SCHEDULER
+    publish(config.instance_id)
 
 
 def read_facts(config: Any) -> ServerFacts:

@@ -15,8 +15,10 @@ from vllm.platforms import current_platform
 from vllm.utils.torch_utils import direct_register_custom_op
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from expertier.errors import ExpertierError
 from expertier.planning.memory import process_memory
 from expertier_vllm import refusals
+from expertier_vllm.board import Board, Reporter
 from expertier_vllm.experts import constructing, managed_class
 from expertier_vllm.options import VllmOptions
 from expertier_vllm.runtime import Runtime, StepKind, WorkerFacts
@@ -114,9 +116,13 @@ class ExpertierWorker(CPUWorker):  # type: ignore[misc]
         before = process_memory().untouched
         super().initialize_from_config(kv_cache_config)
         self.expertier.settle_budget(max(0, process_memory().untouched - before))
+        self._reporter = Reporter(Board(self.vllm_config.instance_id), self.expertier.stats)
+        self._reporter.start()
 
     def shutdown(self) -> None:
         super().shutdown()
+        if hasattr(self, "_reporter"):
+            self._reporter.close()
         if hasattr(self, "expertier"):
             self.expertier.close()
 
@@ -126,9 +132,19 @@ class ExpertierWorker(CPUWorker):  # type: ignore[misc]
         """Counters of this worker; see :meth:`expertier_vllm.runtime.Runtime.stats`."""
         return self.expertier.stats()
 
-    def expertier_resize(self, budget: str | int) -> int:
-        """Change this worker's budget; returns it in bytes."""
-        return self.expertier.resize(budget)
+    def expertier_resize(self, budget: str | int) -> dict[str, Any]:
+        """Change this worker's budget.
+
+        Returns
+        -------
+        dict
+            ``budget_bytes``, or ``error`` with its ``type``, ``problem`` and ``remedy``: as an exception, a refusal would
+            reach the caller as a line of text inside another one.
+        """
+        try:
+            return {"budget_bytes": self.expertier.resize(budget)}
+        except ExpertierError as error:
+            return {"error": {"type": type(error).__name__, "problem": error.problem, "remedy": error.remedy}}
 
 
 def _checkpoint(model: Any) -> Path:
