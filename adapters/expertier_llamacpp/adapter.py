@@ -111,7 +111,7 @@ class LlamaCppAdapter:
             found.append(
                 Finding(
                     topic=self.engine,
-                    status="problem",
+                    status="info",  # another engine may
                     text=f"llama.cpp does not load {catalog.format} files.",
                     remedy="Convert the model to GGUF.",
                 )

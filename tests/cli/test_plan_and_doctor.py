@@ -22,6 +22,7 @@ from expertier.planning.memory import MemoryLimit
 from expertier.planning.plan import make_plan
 from expertier.storage import PAGE
 from support.tiny_gguf import TinySpec
+from support.tiny_hf import HfSpec, write_hf
 
 Invoke = Callable[..., Result]
 TinyModel = Callable[[TinySpec], Path]
@@ -107,6 +108,23 @@ def test_the_plan_command_measures_the_storage_and_says_that_there_is_no_profile
     assert "no profile of this model" in " ".join(text.split())
 
 
+@pytest.mark.parametrize("files", [1, 3])
+def test_a_plan_for_a_hugging_face_checkpoint(
+    invoke: Invoke, invoke_json: Callable[..., Any], tmp_path: Path, files: int
+) -> None:
+    spec = HfSpec(family="mixtral", files=files)
+    model = write_hf(tmp_path / "m", spec)
+    data = invoke_json("plan", model, "--budget", "50%")
+    assert data["model"]["architecture"] == "mixtral"
+    assert data["plan"]["total_experts"] == spec.layers * spec.experts
+    assert data["plan"]["budget_bytes"] == spec.layers * spec.experts * 3 * 2 * spec.hidden * spec.intermediate // 2
+    assert "16 experts each, 4 per token" in " ".join(invoke("plan", model, "--no-disk").stdout.split())
+    (model / "config.json").unlink()
+    refused = invoke("plan", model)
+    assert refused.exit_code == 2
+    assert "has no config.json" in " ".join(refused.output.split())
+
+
 def test_budget_from_the_environment_is_used_and_a_flag_beats_it(
     invoke_json: Callable[..., Any], tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,6 +176,15 @@ def test_the_doctor_finds_the_engine_and_measures_the_storage(
     assert {"llama.cpp", "kernel", "storage", "O_DIRECT", "memory", "memory limits", "mappings", "model"} <= set(topics)
     assert all(finding["text"] for finding in data["findings"])
     assert data["disk"]["sequential"] > 0
+
+
+@pytest.mark.engine
+def test_the_doctor_reads_a_hugging_face_checkpoint(invoke_json: Callable[..., Any], tmp_path: Path) -> None:
+    findings = invoke_json("doctor", write_hf(tmp_path / "m", HfSpec()))["findings"]
+    model = next(finding for finding in findings if finding["topic"] == "model")
+    assert "qwen3_moe: 48 experts (BF16) in 3 layers" in model["text"]
+    said = [finding for finding in findings if "does not load safetensors" in finding["text"]]
+    assert [finding["topic"] for finding in said] == ["llama.cpp"]
 
 
 @pytest.mark.engine

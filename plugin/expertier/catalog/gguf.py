@@ -23,6 +23,7 @@ from typing import Final, get_args
 import numpy as np
 import numpy.typing as npt
 
+from expertier.catalog.files import read_ranges
 from expertier.catalog.gguf_header import (
     GgufKey,
     GgufLayout,
@@ -30,7 +31,7 @@ from expertier.catalog.gguf_header import (
     KeyValue,
     read_header,
 )
-from expertier.catalog.types import Catalog, ExpertPart, LayerExperts, PartRole
+from expertier.catalog.types import EXECUTION_ORDER, ROLE_SETS, Catalog, ExpertPart, LayerExperts, PartRole
 from expertier.errors import ModelFormatError, ModelNotFoundError, NotMoEError, UnsupportedModelError
 
 __all__ = [
@@ -48,12 +49,6 @@ _EXPERT_TENSOR: Final = re.compile(r"blk\.(\d{1,6})\.ffn_(gate_up|gate|up|down)_
 _UNMERGED_EXPERT_TENSOR: Final = re.compile(r"blk\.\d+\.ffn_(gate|up|down)\.\d+\.weight")
 _SPLIT_NAME: Final = re.compile(r"(?P<prefix>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 _ROLES: Final[tuple[PartRole, ...]] = get_args(PartRole)
-_EXECUTION_ORDER: Final[tuple[PartRole, ...]] = ("gate_up", "gate", "up", "down")
-_ROLE_SETS: Final = (
-    frozenset({"gate", "up", "down"}),
-    frozenset({"gate_up", "down"}),
-    frozenset({"up", "down"}),  # experts without a gate matrix
-)
 # Storage types of activations, indices and other things that no engine multiplies with as an expert.
 _NOT_WEIGHTS: Final = frozenset({"I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K"})
 _SAMPLE_BYTES: Final = 64
@@ -256,13 +251,13 @@ def _assemble_layer(
         raise ModelFormatError(
             f"{first.path} has experts in layer {layer}, but {architecture}.block_count is {block_count}."
         )
-    if frozenset(parts) not in _ROLE_SETS:
+    if frozenset(parts) not in ROLE_SETS:
         raise UnsupportedModelError(
             f"{first.path}: layer {layer} has the expert tensors {', '.join(sorted(parts))}; "
             "gate, up and down, or gate_up and down, or up and down are needed.",
             "Convert the model again with a current llama.cpp.",
         )
-    ordered = tuple(parts[role] for role in _EXECUTION_ORDER if role in parts)
+    ordered = tuple(parts[role] for role in EXECUTION_ORDER if role in parts)
     counts = {part.experts for part in ordered}
     announced = _per_layer(first, f"{architecture}.expert_count", layer)
     if len(counts) > 1 or (announced is not None and announced not in counts):
@@ -353,38 +348,10 @@ def content_digest(layouts: Sequence[GgufLayout]) -> str:
             (tensor.offset + tensor.nbytes // 2 // _SAMPLE_BYTES * _SAMPLE_BYTES, _SAMPLE_BYTES, tensor)
             for tensor in layout.tensors
         ]
-        pieces = _read_ranges(
-            layout, [(start, min(length, tensor.offset + tensor.nbytes - start)) for start, length, tensor in wanted]
-        )
-        for piece in pieces:
+        ranges = [(start, min(length, tensor.offset + tensor.nbytes - start)) for start, length, tensor in wanted]
+        for piece in read_ranges(layout.path, layout.size, ranges):
             digest.update(piece)
     return digest.hexdigest()
-
-
-def _read_ranges(layout: GgufLayout, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-    """Read (offset, length) ranges of a file; short reads are refused."""
-    pieces: list[bytes] = []
-    try:
-        descriptor = os.open(layout.path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise ModelNotFoundError(f"The model file {layout.path} cannot be opened: {error.strerror}.") from error
-    try:
-        for offset, length in ranges:
-            piece = bytearray()
-            while len(piece) < length:
-                more = os.pread(descriptor, length - len(piece), offset + len(piece))
-                if not more:
-                    raise ModelFormatError(
-                        f"{layout.path} became shorter than {layout.size} bytes.",
-                        "Do not change a model while it is used.",
-                    )
-                piece += more
-            pieces.append(bytes(piece))
-    except OSError as error:
-        raise ModelNotFoundError(f"The model file {layout.path} cannot be read: {error.strerror}.") from error
-    finally:
-        os.close(descriptor)
-    return pieces
 
 
 def read_tensor(layout: GgufLayout | Sequence[GgufLayout], name: str) -> npt.NDArray[np.float32]:
@@ -416,7 +383,7 @@ def read_tensor(layout: GgufLayout | Sequence[GgufLayout], name: str) -> npt.NDA
     if found is None:
         raise ModelFormatError(f"{layouts[0].path} has no tensor '{name}'.")
     holder, tensor = found
-    raw = np.frombuffer(_read_ranges(holder, [(tensor.offset, tensor.nbytes)])[0], dtype=np.uint8)
+    raw = np.frombuffer(read_ranges(holder.path, holder.size, [(tensor.offset, tensor.nbytes)])[0], dtype=np.uint8)
     return _decode(holder, tensor, raw).reshape(tensor.shape[::-1])
 
 

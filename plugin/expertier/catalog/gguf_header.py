@@ -11,17 +11,16 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import stat
 import struct
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final, NoReturn
 
-from expertier.errors import ModelFormatError, ModelNotFoundError, UnsupportedModelError
+from expertier.catalog.files import opened
+from expertier.errors import ModelFormatError, UnsupportedModelError
 
 Scalar = int | float | bool | str
 KeyValue = Scalar | tuple[Scalar, ...]
@@ -89,6 +88,7 @@ _LONGEST_NAME: Final = 65535
 _MAX_ALIGNMENT: Final = 64 << 20
 _FIRST_READ: Final = 1 << 20
 
+_NAME_THE_FILE: Final = "Name the .gguf file of the model (of a split model the first one, ...-00001-of-0000N.gguf)."
 _DAMAGED: Final = "The file is damaged or its download was cut short: fetch it again."
 
 
@@ -263,33 +263,13 @@ class _Cursor:
         self.need(0, what)
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[tuple[int, int]]:
-    """Descriptor and size of a regular file; anything else is refused by name."""
-    name_the_file = "Name the .gguf file of the model (of a split model the first one, ...-00001-of-0000N.gguf)."
+def _directory_hint(path: Path) -> str:
+    """Name the models in a directory that was given instead of one of them."""
     try:
-        # O_NONBLOCK: a named pipe must be refused, not waited for.
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
-    except (FileNotFoundError, NotADirectoryError):
-        raise ModelNotFoundError(f"There is no model file {path}.", name_the_file) from None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ModelNotFoundError(f"The model file {path} cannot be opened: {reason}.", name_the_file) from error
-    try:
-        status = os.fstat(descriptor)
-        if stat.S_ISDIR(status.st_mode):
-            inside = sorted(entry for entry in os.listdir(path) if entry.endswith(".gguf"))
-            hint = f"It holds {', '.join(inside[:3])}{', ...' if len(inside) > 3 else ''}." if inside else ""
-            raise ModelNotFoundError(f"{path} is a directory, not a GGUF file.", f"{name_the_file} {hint}".strip())
-        if not stat.S_ISREG(status.st_mode):
-            raise ModelNotFoundError(f"{path} is not a regular file.", name_the_file)
-        yield descriptor, status.st_size
-    except OSError as error:
-        if isinstance(error, ModelNotFoundError):
-            raise
-        raise ModelNotFoundError(f"The model file {path} cannot be read: {error.strerror}.") from error
-    finally:
-        os.close(descriptor)
+        inside = sorted(entry for entry in os.listdir(path) if entry.endswith(".gguf"))
+    except (OSError, ValueError):
+        return ""
+    return f" It holds {', '.join(inside[:3])}{', ...' if len(inside) > 3 else ''}." if inside else ""
 
 
 def read_header(path: Path) -> GgufLayout:
@@ -314,7 +294,7 @@ def read_header(path: Path) -> GgufLayout:
     UnsupportedModelError
         A tensor has a storage type that is not known here.
     """
-    with _opened(path) as (descriptor, size):
+    with opened(path, _NAME_THE_FILE + _directory_hint(path)) as (descriptor, size):
         cursor = _Cursor(descriptor, path, size)
         version, tensor_count, key_count = _read_preamble(cursor)
         keys, metadata = _read_keys(cursor, key_count)

@@ -2,17 +2,43 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 PartRole = Literal["gate", "up", "down", "gate_up"]
+
+EXECUTION_ORDER: Final[tuple[PartRole, ...]] = ("gate_up", "gate", "up", "down")
+ROLE_SETS: Final = (
+    frozenset({"gate", "up", "down"}),
+    frozenset({"gate_up", "down"}),
+    frozenset({"up", "down"}),  # experts without a gate matrix
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """Bytes of one expert that lie side by side.
+
+    Attributes
+    ----------
+    file : Path
+        The file that holds them.
+    offset : int
+        Byte offset in `file`.
+    nbytes : int
+        Number of bytes.
+    """
+
+    file: Path
+    offset: int
+    nbytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertPart:
-    """One weight tensor holding the rows of all experts of one layer.
+    """One weight matrix of all experts of one layer.
 
     Attributes
     ----------
@@ -23,7 +49,7 @@ class ExpertPart:
     role : {"gate", "up", "down", "gate_up"}
         Which matrix of the expert this is.
     file : Path
-        The file that holds the tensor (a model may be split over several).
+        The file that holds expert 0 (a model may be split over several).
     offset : int
         Byte offset in `file` of expert 0.
     expert_bytes : int
@@ -33,9 +59,12 @@ class ExpertPart:
     type_name : str
         Storage type, e.g. ``F16``, ``Q4_K``, ``MXFP4``.
     shape : tuple of int
-        Engine order of dimensions (GGUF: ``(columns, rows, experts)``).
+        Engine order of dimensions (GGUF: ``(columns, rows, experts)``, safetensors: experts first).
     padded_bytes : int or None
         Distance from one expert to the next in `file`, where experts are padded; ``None``: they lie side by side.
+    scattered : tuple of tuple of Piece, or None
+        For each expert its pieces, the matrix first, where experts have no common distance or are more than one
+        piece (a scale of its own); ``None``: every expert is one piece at ``offset + e * stride``.
     """
 
     name: str
@@ -48,11 +77,26 @@ class ExpertPart:
     type_name: str
     shape: tuple[int, ...]
     padded_bytes: int | None = None
+    scattered: tuple[tuple[Piece, ...], ...] | None = field(default=None, repr=False)
 
     @property
     def stride(self) -> int:
-        """Distance from one expert to the next in the file: expert ``e`` lies at ``offset + e * stride``."""
+        """Distance from one expert to the next in the file: expert ``e`` lies at ``offset + e * stride``.
+
+        Raises
+        ------
+        ValueError
+            There is no such distance; ask :meth:`pieces`.
+        """
+        if self.scattered is not None:
+            raise ValueError(f"the experts of {self.name} do not lie at a common distance")
         return self.expert_bytes if self.padded_bytes is None else self.padded_bytes
+
+    def pieces(self, expert: int) -> tuple[Piece, ...]:
+        """Return where the bytes of one expert lie, its matrix first, then what belongs to it (scales, biases)."""
+        if self.scattered is not None:
+            return self.scattered[expert]
+        return (Piece(file=self.file, offset=self.offset + expert * self.stride, nbytes=self.expert_bytes),)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,13 +138,13 @@ class Catalog:
     Attributes
     ----------
     path : Path
-        The file the user named (the first one of a split model).
+        What an engine is told to load: a GGUF file (the first one of a split model), or the directory of a checkpoint.
     files : tuple of Path
-        All files, in split order.
+        All files with weights, in split order.
     format : str
         ``gguf`` or ``safetensors``.
     architecture : str
-        Architecture name in the file, e.g. ``qwen3moe``.
+        Architecture as the model names it, e.g. ``qwen3moe``; of a checkpoint its model type.
     layers : tuple of LayerExperts
         Layers that have routed experts, ascending; dense layers are left out.
     block_count : int
@@ -110,7 +154,7 @@ class Catalog:
     other_bytes : int
         Bytes of all tensors that are not routed experts (they stay in memory).
     fingerprint : str
-        Hex digest over sizes, header and tensor table; changes when the model does. Reads no expert data.
+        Hex digest over sizes, headers and configuration; changes when the model does. Reads no expert data.
     """
 
     path: Path

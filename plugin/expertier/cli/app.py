@@ -19,7 +19,8 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 
-Model = Annotated[Path, typer.Argument(metavar="MODEL", help="Model file (GGUF; of a split model the first file).")]
+_MODEL_HELP = "GGUF file (of a split model the first one) or directory of a Hugging Face checkpoint."
+Model = Annotated[Path, typer.Argument(metavar="MODEL", help=_MODEL_HELP)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text for people.")]
 Engine = Annotated[str, typer.Option("--engine", help="Engine, by the name of its adapter.")]
 Ubatch = Annotated[int, typer.Option("--n-ubatch", min=1, help="Tokens of a prompt that are computed in one step.")]

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from expertier import __version__
 from expertier.budget import format_bytes
-from expertier.catalog.gguf import read_gguf
+from expertier.catalog import read_catalog
 from expertier.catalog.types import Catalog
 from expertier.cli.engines import Finding, FindingStatus, find_adapters
 from expertier.cli.options import EXIT_REFUSED, print_json
@@ -53,7 +53,7 @@ def doctor(model: Path | None, *, as_json: bool) -> None:
         catalog = None
         if model is not None:
             try:
-                catalog = read_gguf(model)
+                catalog = read_catalog(model)
             except ExpertierError as error:
                 findings.append(_refusal("model", error))
         findings += [*_engines(catalog), *_kernel(catalog)]

@@ -10,7 +10,7 @@ from rich.status import Status
 from rich.table import Table
 
 from expertier.budget import format_bytes
-from expertier.catalog.gguf import read_gguf
+from expertier.catalog import read_catalog
 from expertier.catalog.types import Catalog
 from expertier.cli.options import print_json
 from expertier.config import OffloadOptions
@@ -26,7 +26,7 @@ _NO_PROFILE = (
 
 def plan(model: Path, options: OffloadOptions, *, n_ubatch: int, measure: bool, as_json: bool) -> None:
     """Print what a budget means."""
-    catalog = read_gguf(model)
+    catalog = read_catalog(model)
     limits = memory_limits()
     # Refuse before measuring: nobody wants to wait for a refusal.
     result = make_plan(catalog, options.budget, limits=limits, margin=options.margin, n_ubatch=n_ubatch)
