@@ -9,7 +9,8 @@ from typing import Any, Final
 from expertier.errors import UnsupportedEngineError
 from expertier_vllm.options import VllmOptions
 
-_VERIFIED: Final = {"0.32": "v032"}
+VERIFIED: Final = {"0.32": "v032"}
+"""Releases whose internals were read and tried, and the package that touches them."""
 
 
 def watch_configurations() -> None:
@@ -66,9 +67,9 @@ def engine() -> Any:
         There is no vLLM, or one of a version whose internals were not verified.
     """
     version = engine_version()
-    name = _VERIFIED.get(".".join(version.split(".")[:2]))
+    name = VERIFIED.get(".".join(version.split(".")[:2]))
     if name is None:
         raise UnsupportedEngineError(
-            f"This Expertier does not know vLLM {version}.", f"Install one of: {', '.join(_VERIFIED)}."
+            f"This Expertier does not know vLLM {version}.", f"Install one of: {', '.join(VERIFIED)}."
         )
     return importlib.import_module(f"expertier_vllm.compat.{name}")
