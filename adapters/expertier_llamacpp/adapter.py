@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from expertier.catalog.gguf import read_layout
 from expertier.catalog.types import Catalog
-from expertier.cli.engines import EngineSettings, Finding, Session, StockVariant
+from expertier.cli.engines import EngineSettings, Finding, Session, StockVariant, Workloads
 from expertier.config import OffloadOptions
 from expertier.errors import ExpertierError, UnsupportedEngineError, UnsupportedOptionError
 from expertier.residency import pages
@@ -80,6 +80,7 @@ class LlamaCppAdapter:
 
     name = "llamacpp"
     engine = "llama.cpp"
+    workloads = Workloads()
 
     def versions(self) -> dict[str, str]:
         try:

@@ -103,6 +103,7 @@ class EvalHook:
         self._topk_node = 0
         self._previous_layer = -1
         self._step_open = False
+        self._quiet = False  # nothing can be absent in this call
         self.error: BaseException | None = None
         self.compute_node = 0  # a tensor of the last graph, by which its compute buffer is found
         self.callback = ggml.EvalCallback(self._on_eval)
@@ -111,15 +112,20 @@ class EvalHook:
 
     # ---- called around llama_decode
 
-    def begin(self) -> None:
-        """Prepare for a llama.cpp call that runs the graph."""
+    def begin(self, tokens: int) -> None:
+        """Prepare for a llama.cpp call that runs the graph over `tokens` tokens."""
         self.error = None
+        if tokens == 1:
+            # With everything resident there is nothing to stop for: a stop costs the threads a sleep and a waking.
+            self._lease = self._manager.hold_all()
+            self._quiet = self._step_open = self._lease is not None
         self.compute_node = 0
         self._previous_layer = self._owed_layer = -1
         self._stopped_at = 0
 
     def finish(self) -> None:
         """End the call: unpin, and raise what went wrong inside it."""
+        self._quiet = False
         if self.error is None and (self._stopped_at or self._owed_layer >= 0):
             self.error = _lost_callback()
         for node in self._disarmed:  # llama.cpp may use the same graph again
@@ -145,6 +151,8 @@ class EvalHook:
     # ---- the callback
 
     def _on_eval(self, node: int, ask: bool, _data: int | None) -> bool:
+        if self._quiet:
+            return not ask
         try:
             op = MEMORY[node + OP_OFFSET]
             if ask:

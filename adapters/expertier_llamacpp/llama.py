@@ -198,7 +198,7 @@ class Llama(llama_cpp.Llama):
                     use.thread = threading.current_thread()
                     if governor is not None:
                         governor.before(batch.n_tokens())
-                    hook.begin()
+                    hook.begin(batch.n_tokens())
                     try:
                         stock(batch)
                     finally:

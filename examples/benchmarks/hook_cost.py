@@ -1,9 +1,10 @@
-"""What Expertier costs per layer when every expert is resident: decode with it, with a hook that only says no, without.
+"""What Expertier costs per layer with every expert resident: decode as it is, with a stop at every layer, without it.
 
     python examples/benchmarks/hook_cost.py model.gguf [--tokens 200] [--rounds 5] [--threads 2]
 
 The three variants decode the same text in turns, so that a machine that is busy for a while slows all of them. Printed
-are microseconds per MoE layer over stock: the asking (llama.cpp calls back about every node) and the whole.
+are microseconds per MoE layer over stock: as it is (llama.cpp calls back about every node and nothing stops, because
+nothing can be absent), and with the stops of a model that does not fit.
 """
 
 from __future__ import annotations
@@ -51,22 +52,21 @@ def main() -> None:
     tokens = stock.tokenize(text.encode(), add_bos=False)[: arguments.tokens + 16]
     layers = len(ours.catalog.layers)
 
-    hook = ours._hook
-    watched = hook._mul_mat_id, hook._other_topk_ops
+    hold_all = ours.offload.hold_all
 
-    def with_hook(active: bool) -> float:
-        hook._mul_mat_id, hook._other_topk_ops = watched if active else (-1, frozenset())
+    def with_stops(active: bool) -> float:
+        ours.offload.hold_all = (lambda: None) if active else hold_all
         return decode_seconds(ours, tokens)
 
     variants: dict[str, Callable[[], float]] = {
         "stock": lambda: decode_seconds(stock, tokens),
-        "asking": lambda: with_hook(False),
-        "whole": lambda: with_hook(True),
+        "resident": lambda: with_stops(False),
+        "stops": lambda: with_stops(True),
     }
-    with_hook(True)  # brings every expert of this text in
+    with_stops(True)  # brings every expert of this text in
     rounds = [{name: run() for name, run in variants.items()} for _ in range(arguments.rounds)]
     record: dict[str, Any] = {"layers": layers, "rounds": rounds}
-    for name in ("asking", "whole"):
+    for name in ("resident", "stops"):
         extra = [(entry[name] - entry["stock"]) / layers * 1e6 for entry in rounds]
         record[f"{name}_us_per_layer"] = {
             "median": statistics.median(extra),

@@ -176,6 +176,7 @@ class OffloadManager:
         )
         self._quotas = dict(self.config.quotas or {})
         self._layer_bytes = dict.fromkeys(self._layers, 0)
+        self._routes_per_token = sum(min(experts[layer], top_k[layer]) for layer in self._layers)
 
         self._state = np.zeros(total, np.int8)
         self._pins = np.zeros(total, np.int32)
@@ -211,10 +212,10 @@ class OffloadManager:
                 self._fill()
 
     def begin_step(self, tokens: int = 1, phase: Phase = "decode") -> None:
-        """Start a forward pass over `tokens` tokens."""
+        """Start a forward pass over `tokens` tokens: of one sequence (prefill) or of one sequence each (decode)."""
         with self._lock:
             self._check_open()
-            self._policy.advance(tokens)
+            self._policy.advance(1 if phase == "decode" else tokens)  # the tokens of a decode batch are simultaneous
             self._sweeping = False
             self._phase = self._stats.decode if phase == "decode" else self._stats.prefill
             self._phase.steps += 1
@@ -241,7 +242,8 @@ class OffloadManager:
         flat = table.ravel() + self._base[layer]
         ages = None
         if table.ndim == 2 and len(table) > 1:
-            ages = np.repeat(np.arange(len(table) - 1, -1, -1.0), table.shape[1])
+            last = 0 if self._phase is self._stats.decode else len(table) - 1
+            ages = np.repeat(np.linspace(last, 0, len(table)), table.shape[1])
         with self._lock:
             self._policy.touch(flat, ages)
 
@@ -294,6 +296,28 @@ class OffloadManager:
                 lease.release()
                 raise
         return lease
+
+    def hold_all(self) -> Lease | None:
+        """Begin a step of one token with every expert pinned, when all of them are resident.
+
+        An adapter need not stop at any layer then. The step counts as if every layer's experts had been acquired one by
+        one. What the router chose is not observed: while all experts fit, nobody has to know.
+
+        Returns
+        -------
+        Lease or None
+            ``None``, and no step begun, when an expert is absent.
+        """
+        with self._lock:
+            if self._used < self._stats.total_bytes or (self._state != _RESIDENT).any():
+                return None
+            self.begin_step(1, "decode")
+            everything = np.arange(len(self._state))
+            self._pins[everything] += 1
+            self._leases += 1
+            self._phase.ready_hits += self._routes_per_token
+            self._note_used(everything)
+            return Lease(self, self._layers[0], everything, None)
 
     def _acquire_absent(self, layer: int, wanted: IntArray) -> Lease:
         local = wanted - self._base[layer]

@@ -238,11 +238,41 @@ def test_two_callers_may_need_the_same_load(tmp_path: Path) -> None:
 
 def test_within_a_step_the_newest_token_counts_as_the_latest_use(tmp_path: Path) -> None:
     with fake_engine(tmp_path, SHAPES, 3 * SLOT, policy="lru") as engine:
-        engine.step({0: [[4], [2], [6]]})
+        engine.step({0: [[4], [2], [6]]}, phase="prefill")
         engine.step({1: [[0]]})
         assert resident(engine) == {(0, 2), (0, 6), (1, 0)}
         engine.step({1: [[1]]})
         assert resident(engine) == {(0, 6), (1, 0), (1, 1)}
+
+
+def test_the_tokens_of_a_decode_batch_are_of_one_moment_and_count_each(tmp_path: Path) -> None:
+    with fake_engine(tmp_path, SHAPES, 3 * SLOT, half_life=1.0) as engine:
+        engine.step({0: [[4], [4], [2], [6]]})  # as a prompt, the newest tokens 2 and 6 would outweigh both uses of 4
+        engine.step({1: [[0]]})
+        engine.step({1: [[1]]})
+        assert resident(engine) == {(0, 4), (1, 0), (1, 1)}
+
+
+def test_everything_is_held_for_a_token_only_when_nothing_is_absent(tmp_path: Path) -> None:
+    layers, experts = len(SHAPES), SHAPES[0].experts
+    with fake_engine(tmp_path, SHAPES, layers * experts * SLOT) as engine:
+        assert engine.manager.hold_all() is None
+        assert engine.manager.stats().decode.steps == 0
+        for layer in range(layers):
+            engine.layer(layer, range(experts))
+        before = engine.manager.stats().decode
+        lease = engine.manager.hold_all()
+        assert lease is not None
+        after = engine.manager.stats().decode
+        assert (after.steps, after.tokens) == (before.steps + 1, before.tokens + 1)
+        assert after.ready_hits == before.ready_hits + layers * SHAPES[0].top_k
+        shrinking = Worker(engine.resize, 2 * SLOT)
+        until(lambda: engine.manager._tight)
+        assert len(resident(engine)) == layers * experts, "what is held cannot leave"
+        lease.release()
+        shrinking.join()
+        assert engine.manager.hold_all() is None
+        engine.check()
 
 
 def test_in_a_step_of_many_tokens_layers_already_finished_give_way_first(tmp_path: Path) -> None:
@@ -255,6 +285,17 @@ def test_in_a_step_of_many_tokens_layers_already_finished_give_way_first(tmp_pat
         engine.layer(1, [[0, 1], [2, 3], [0, 1]])
         assert engine.manager.resident(2)[:2].all()
         assert not engine.manager.resident(0).any()
+
+
+def test_a_step_that_needs_few_experts_of_each_layer_takes_the_least_used_of_all(tmp_path: Path) -> None:
+    with fake_engine(tmp_path, SHAPES, 6 * SLOT, policy="lru") as engine:
+        engine.step({2: [[0, 1]]})
+        engine.step({0: [[0, 1]]})
+        engine.manager.begin_step(3, "prefill")
+        engine.layer(0, [[0, 1], [1, 0], [0, 1]])
+        engine.layer(1, [[0, 1], [2, 0], [0, 1]])
+        assert engine.manager.resident(0)[:2].all()
+        assert engine.manager.resident(2).sum() == 1
 
 
 def test_a_layer_never_holds_more_than_its_quota(tmp_path: Path) -> None:

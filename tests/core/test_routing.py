@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from expertier.routing import GainGate, Lookahead
+from expertier.routing import AheadLoader, GainGate, Lookahead
 
 HIDDEN = 8
 EXPERTS = 6
@@ -75,6 +77,108 @@ def test_only_absent_experts_are_candidates_and_keep_their_rank() -> None:
     nothing, no_chances = lookahead.predict(2, ONES, np.ones(EXPERTS, bool))
     assert len(nothing) == len(no_chances) == 0
     lookahead.learn(3, np.array([0, 1]))
+
+
+def test_several_tokens_name_each_candidate_once_and_the_chance_that_any_uses_it() -> None:
+    weights = gates()
+    hidden = np.stack([ONES, -ONES, ONES])
+    lookahead = lookahead_on(weights)
+    experts, chances = lookahead.predict(2, hidden, NONE)
+    first, second = best(weights[3], ONES), best(weights[3], -ONES)
+    assert sorted(experts.tolist()) == sorted({*first, *second})
+    twice, once = 1 - 0.5**2, 0.5
+    expected = [1 - (1 - (twice if e in first else 0)) * (1 - (once if e in second else 0)) for e in experts.tolist()]
+    assert chances == pytest.approx(expected)
+    assert (np.diff(chances) <= 0).all()
+
+
+def test_a_batch_teaches_as_much_as_its_tokens_one_by_one_in_the_mean() -> None:
+    weights = gates()
+    together, apart = lookahead_on(weights), lookahead_on(weights)
+    ranking = best(weights[3], ONES)
+    routes = np.array([[ranking[0], ranking[1]]] * 4)
+    for _ in range(100):
+        together.predict(2, np.stack([ONES] * 4), NONE)
+        together.learn(3, routes)
+        for row in routes:
+            apart.predict(2, ONES, NONE)
+            apart.learn(3, row)
+    assert together.precision(3) == pytest.approx(apart.precision(3), abs=1e-6)
+    assert together.precision(3) == pytest.approx([1, 1, 0, 0], abs=1e-3)
+
+
+def test_a_prediction_for_more_tokens_than_the_router_saw_teaches_nothing() -> None:
+    lookahead = lookahead_on(gates())
+    lookahead.predict(2, np.stack([ONES] * 3), NONE)
+    lookahead.learn(3, np.array([[0, 1]]))
+    assert lookahead.precision(3).tolist() == [0.5] * 4
+
+
+class Recorder:
+    """Takes the place of the manager."""
+
+    def __init__(self, absent: set[int]) -> None:
+        self.absent = absent
+        self.calls: list[tuple[int, list[int], int]] = []
+
+    def resident(self, layer: int) -> NDArray[np.bool_]:
+        return np.array([expert not in self.absent for expert in range(EXPERTS)])
+
+    def prefetch(self, layer: int, experts: Any, probabilities: Any = None, *, limit: int) -> int:
+        self.calls.append((layer, list(experts), limit))
+        return len(experts)
+
+
+def ahead(recorder: Recorder, *, lookahead: bool = True, last_is_narrow: bool = False) -> AheadLoader:
+    weights = gates()
+    return AheadLoader(
+        manager=recorder,
+        experts=dict.fromkeys(weights, EXPERTS),
+        lookahead=lookahead_on(weights) if lookahead else None,
+        gate=GainGate("on"),
+        last_is_narrow=last_is_narrow,
+    )
+
+
+def test_a_prompt_that_needs_most_of_a_layer_streams_the_next_one_whole() -> None:
+    recorder = Recorder(set(range(EXPERTS)))
+    loader = ahead(recorder)
+    loader.after_router(2, np.array([[0, 1], [2, 3]]), no_gate_input, decode=False)
+    loader.after_router(3, np.array([[0, 1], [1, 0]]), no_gate_input, decode=False)
+    assert recorder.calls == [(3, list(range(EXPERTS)), EXPERTS)]
+
+
+def test_a_last_layer_that_gets_few_rows_is_not_streamed_until_it_gets_all() -> None:
+    recorder = Recorder(set(range(EXPERTS)))
+    loader = ahead(recorder, last_is_narrow=True)
+    many = np.array([[0, 1], [2, 3], [4, 5], [0, 2]])
+    for last, expected in ((many[:1], []), (many, []), (many, [7])):
+        recorder.calls.clear()
+        loader.after_router(2, many, no_gate_input, decode=False)
+        loader.after_router(3, many, no_gate_input, decode=False)
+        loader.after_router(7, last, no_gate_input, decode=False)
+        assert [layer for layer, _, _ in recorder.calls if layer == 7] == expected
+
+
+def test_a_decode_batch_loads_what_its_tokens_will_probably_need() -> None:
+    recorder = Recorder({0, 1, 2})
+    loader = ahead(recorder)
+    loader.after_router(2, np.array([[0, 1], [2, 3]]), lambda: np.stack([ONES, -ONES]), decode=True)
+    ((layer, experts, limit),) = recorder.calls
+    assert (layer, limit) == (3, 4)
+    assert experts and set(experts) <= {0, 1, 2}
+
+
+@pytest.mark.parametrize("absent", [set(), {0}])
+def test_the_routers_input_is_fetched_only_when_something_is_absent(absent: set[int]) -> None:
+    asked = []
+    loader = ahead(Recorder(absent))
+    loader.after_router(2, np.array([[0, 1]]), lambda: asked.append(1), decode=True)
+    assert len(asked) == len(absent)
+
+
+def no_gate_input() -> None:
+    raise AssertionError("streaming needs no prediction")
 
 
 def test_there_are_never_more_candidates_than_experts() -> None:

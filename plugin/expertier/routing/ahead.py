@@ -5,16 +5,13 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from expertier.routing.gate import GainGate
 from expertier.routing.lookahead import Lookahead
-
-if TYPE_CHECKING:
-    from expertier.manager import OffloadManager
 
 _LEAST_CHANCE = 0.5  # below it a prefetch more often steals a slot and device time than it saves a wait
 _STREAM_FROM = 0.5  # share of a layer's experts in use from which the next layer is streamed whole
@@ -23,13 +20,30 @@ GateInput = Callable[[], "NDArray[np.float32] | None"]
 """Gives the input of a layer's router, shape ``(tokens, hidden)``, or ``None`` where it cannot be had."""
 
 
+class Loader(Protocol):
+    """What executes the loads: the offload manager."""
+
+    def resident(self, layer: int) -> NDArray[np.bool_]:
+        """Which experts of a layer are resident, shape ``(experts,)``."""
+
+    def prefetch(
+        self,
+        layer: int,
+        experts: NDArray[np.int64],
+        probabilities: NDArray[np.float64] | None = None,
+        *,
+        limit: int,
+    ) -> int:
+        """Load likely experts, likeliest first, with at most `limit` loads under way; return how many began."""
+
+
 class AheadLoader:
     """Starts loads for the next layer when a layer's router has chosen.
 
     Parameters
     ----------
-    manager : OffloadManager
-        Executes the loads.
+    manager : Loader
+        The offload manager.
     experts : mapping of int to int
         Layer to number of experts.
     lookahead : Lookahead or None
@@ -45,7 +59,7 @@ class AheadLoader:
     def __init__(
         self,
         *,
-        manager: OffloadManager,
+        manager: Loader,
         experts: Mapping[int, int],
         lookahead: Lookahead | None,
         gate: GainGate,
