@@ -2,8 +2,45 @@
 
 from __future__ import annotations
 
+import logging
+from typing import Any, Final
+
 from vllm.v1.core.sched.scheduler import Scheduler
+
+logger = logging.getLogger("vllm.expertier")
+
+PROBLEM: Final = "expertier_problem"
+"""Attribute of a ``ModelRunnerOutput``, a plain dataclass that crosses processes by pickle: why the step failed."""
 
 
 class ExpertierScheduler(Scheduler):  # type: ignore[misc]
-    """vLLM's scheduler."""
+    """vLLM's scheduler, which ends the requests of a step whose experts could not be loaded.
+
+    In stock, whatever a worker raises ends the server. A disk that fails once need not.
+    """
+
+    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        problem = getattr(model_runner_output, PROBLEM, None)
+        if problem is None:
+            return super().update_from_output(scheduler_output, model_runner_output)
+        failed = set(scheduler_output.num_scheduled_tokens)
+        logger.error("A step of %d requests failed: %s", len(failed), problem)
+        # Blocks are offered to other requests when they are scheduled, before they are computed: these never were.
+        # With several steps in flight another request may have taken one up already.
+        if self.vllm_config.parallel_config.pipeline_parallel_size > 1:
+            failed.update(request.request_id for request in self.running)
+        blocks = {
+            block
+            for request in failed & self.requests.keys()
+            for group in self.kv_cache_manager.get_block_ids(request)
+            for block in group
+        }
+        self.kv_cache_manager.evict_blocks(blocks)
+        # Upstream ends the requests in this set with FINISHED_ERROR, which the API server answers with status 500.
+        self.grammar_compile_error_reqs |= failed
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        for client in outputs.values():
+            for output in client.outputs:
+                if output.request_id in failed:
+                    output.stop_reason = problem
+        return outputs

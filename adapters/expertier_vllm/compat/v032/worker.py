@@ -13,12 +13,15 @@ from vllm.model_executor.custom_op import PluggableLayer, op_registry_oot
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import direct_register_custom_op
+from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from expertier.errors import ExpertierError
+from expertier.errors import ExpertierError, ExpertLoadError
 from expertier.planning.memory import process_memory
 from expertier_vllm import refusals
 from expertier_vllm.board import Board, Reporter
+from expertier_vllm.compat.v032 import SCHEDULER
+from expertier_vllm.compat.v032.scheduler import PROBLEM
 from expertier_vllm.experts import constructing, managed_class
 from expertier_vllm.options import VllmOptions
 from expertier_vllm.runtime import Runtime, StepKind, WorkerFacts
@@ -119,6 +122,15 @@ class ExpertierWorker(CPUWorker):  # type: ignore[misc]
         self._reporter = Reporter(Board(self.vllm_config.instance_id), self.expertier.stats)
         self._reporter.start()
 
+    def execute_model(self, scheduler_output: Any) -> Any:
+        """Turn an expert that cannot be loaded into a failed step; the scheduler ends its requests."""
+        try:
+            return super().execute_model(scheduler_output)
+        except ExpertLoadError as error:
+            if self.vllm_config.scheduler_config.scheduler_cls != SCHEDULER:
+                raise  # another scheduler would take the step for a good one
+            return _failed_step(scheduler_output, error)
+
     def shutdown(self) -> None:
         super().shutdown()
         if hasattr(self, "_reporter"):
@@ -138,13 +150,24 @@ class ExpertierWorker(CPUWorker):  # type: ignore[misc]
         Returns
         -------
         dict
-            ``budget_bytes``, or ``error`` with its ``type``, ``problem`` and ``remedy``: as an exception, a refusal would
-            reach the caller as a line of text inside another one.
+            ``budget_bytes``, or ``error`` with its ``type``, ``problem`` and ``remedy``: as an exception, a refusal
+            would reach the caller as a line of text inside another one.
         """
         try:
             return {"budget_bytes": self.expertier.resize(budget)}
         except ExpertierError as error:
             return {"error": {"type": type(error).__name__, "problem": error.problem, "remedy": error.remedy}}
+
+
+def _failed_step(scheduler_output: Any, error: ExpertLoadError) -> ModelRunnerOutput:
+    requests = list(scheduler_output.num_scheduled_tokens)
+    output = ModelRunnerOutput(
+        req_ids=requests,
+        req_id_to_index={request: index for index, request in enumerate(requests)},
+        sampled_token_ids=[[] for _ in requests],
+    )
+    setattr(output, PROBLEM, str(error))
+    return output
 
 
 def _checkpoint(model: Any) -> Path:
