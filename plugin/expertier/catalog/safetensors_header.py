@@ -60,9 +60,7 @@ OTHER_WEIGHTS: Final = (".bin", ".pt", ".pth", ".ckpt")
 
 _DAMAGED: Final = "The file is damaged or its download was cut short: fetch it again."
 _ONE_MODEL: Final = "Put the files of one and the same model into the directory."
-NAME_THE_DIRECTORY: Final = (
-    "Name the directory of a Hugging Face checkpoint, with config.json and *.safetensors in it."
-)
+NAME_THE_DIRECTORY: Final = "Name the directory of a Hugging Face checkpoint, with config.json and *.safetensors in it."
 
 
 @dataclass(frozen=True, kw_only=True)
