@@ -49,14 +49,21 @@ direct_register_custom_op(
 )
 
 
-def _register_experts() -> None:
+def _register_experts(architectures: list[str]) -> None:
     """Replace vLLM's expert layer by ours; upstream: ``PluggableLayer.register_oot``, looked up by class name."""
     owner = op_registry_oot.get("RoutedExperts")
     if owner is None:
-        managed = managed_class(RoutedExperts, torch.ops.expertier.experts)
-        PluggableLayer.register_oot(managed, name="RoutedExperts")
+        PluggableLayer.register_oot(_managed(RoutedExperts), name="RoutedExperts")
     elif not hasattr(owner, "compute_resident"):
         raise refusals.foreign_experts(f"{owner.__module__}.{owner.__qualname__}")
+    if "GptOssForCausalLM" in architectures:
+        from expertier_vllm.compat.v032 import gpt_oss
+
+        gpt_oss.register(_managed)
+
+
+def _managed(base: Any) -> Any:
+    return managed_class(base, torch.ops.expertier.experts)
 
 
 def _step_kind() -> StepKind:
@@ -79,7 +86,7 @@ class ExpertierWorker(CPUWorker):  # type: ignore[misc]
     def load_model(self, **arguments: Any) -> None:
         options = VllmOptions.from_additional_config(self.vllm_config.additional_config)
         assert options is not None
-        _register_experts()
+        _register_experts(self.vllm_config.model_config.architectures)
         self.expertier = Runtime(options, self._facts(), _step_kind)
         token = constructing.set(self.expertier)
         try:
