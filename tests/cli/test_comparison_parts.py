@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from expertier.catalog.gguf import read_gguf
 from expertier.cli.engines import get_adapter
@@ -25,15 +27,16 @@ from expertier.comparison.records import (
     ArmRecord,
     Comparison,
     Figures,
+    Load,
     ModelRecord,
     OffloadFigures,
     Run,
     Settings,
     read_comparison,
 )
-from expertier.comparison.runner import Runner, Workload
+from expertier.comparison.runner import Runner, Workload, _verdict
 from expertier.comparison.summary import summarise
-from expertier.comparison.table import identity_line
+from expertier.comparison.table import identity_line, print_report
 from expertier.errors import BudgetError, ExpertierError, UnsupportedOptionError
 from expertier.planning.calibrate import DiskSpeed
 from support.tiny_gguf import TinySpec
@@ -261,6 +264,73 @@ def test_two_repeats_of_stock_that_differ_are_not_called_identical() -> None:
     assert summarise(comparison(first, second, arm("expertier", 1, [0.1]))).identity.same_logits is False
 
 
+# ---- several requests at a time
+
+
+def serving(key: str, limit: int | None, speeds: list[float], *, stall: float | None = None) -> ArmRecord:
+    """An arm measured with 1 and with 8 requests at a time, 8 times as fast with 8."""
+    record = arm(key, limit, [0.1] * len(speeds))
+    runs = []
+    for run, speed in zip(record.runs, speeds, strict=True):
+        assert run.figures is not None
+        loads = tuple(
+            Load(
+                requests=count,
+                seconds=80 / (speed * count),
+                tokens=80,
+                ttft_seconds=(0.5,) * (count - 1) + (1.5,),
+                token_seconds=(0.1,) * 99 + (0.3,),
+                read_bytes=8000,
+                hit_ratio=0.75 if stall is not None else None,
+                ready_hit_ratio=0.5 if stall is not None else None,
+                stall_seconds=stall,
+            )
+            for count in (1, 8)
+        )
+        runs.append(dataclasses.replace(run, figures=dataclasses.replace(run.figures, loads=loads)))
+    return dataclasses.replace(record, runs=tuple(runs))
+
+
+def test_every_number_of_requests_is_compared_with_the_fastest_stock_arm_under_the_same_limit() -> None:
+    result = summarise(
+        comparison(
+            serving("stock", 1, [10.0, 20.0]), serving("stock-b", 1, [1.0, 1.0]), serving("stock", None, [90.0]),
+            serving("expertier", 1, [30.0, 20.0], stall=8.0),
+        )
+    )  # fmt: skip
+    one, eight = result.arms[3].loads
+    assert (one.requests, eight.requests) == (1, 8)
+    assert one.tokens_per_second == pytest.approx(25) and eight.tokens_per_second == pytest.approx(200)
+    assert one.against_stock is not None
+    assert (one.against_stock.low, one.against_stock.median, one.against_stock.high) == pytest.approx((1.0, 2.0, 3.0))
+    assert eight.ttft_p50 == 0.5 and 1.0 < eight.ttft_p99 <= 1.5
+    assert eight.token_p50 == pytest.approx(0.1) and eight.token_p99 is not None and eight.token_p99 < 0.3
+    assert eight.read_bytes_per_token == 100 and eight.stall_ms_per_token == pytest.approx(100)
+    assert (eight.hit_ratio, eight.ready_hit_ratio) == (0.75, 0.5)
+    assert result.arms[0].loads[0].hit_ratio is None
+
+
+def test_requests_at_a_time_survive_the_file_and_appear_in_table_and_figure(tmp_path: Path) -> None:
+    record = comparison(serving("stock", None, [10.0]), serving("expertier", None, [12.0], stall=1.0), KILLED)
+    record.write(tmp_path / "comparison.json")
+    assert read_comparison(tmp_path / "comparison.json") == record
+    text = io.StringIO()
+    print_report(Console(file=text, width=150), record, summarise(record))
+    [line] = [line for line in text.getvalue().splitlines() if "1.20x" in line and " 8 " in line]
+    assert "75 %" in line and "50 %" in line and "0.50 / 1.43 s" in line and "100 / 102 ms" in line
+    draw(record, summarise(record), tmp_path / "figure.png")
+    draw(comparison(arm("stock", 1, [0.1])), summarise(comparison(arm("stock", 1, [0.1]))), tmp_path / "single.png")
+    heights = [int.from_bytes((tmp_path / name).read_bytes()[20:24], "big") for name in ("figure.png", "single.png")]
+    assert heights[0] > 1.5 * heights[1]  # a second row
+
+
+def test_greedy_tokens_are_not_called_logits() -> None:
+    record = comparison(arm("stock", None, [0.1]), arm("expertier", None, [0.1], logits="other"))
+    tokens = dataclasses.replace(record, settings=dataclasses.replace(record.settings, evidence="tokens"))
+    assert "GREEDY TOKENS DIFFER" in identity_line(summarise(tokens).identity)
+    assert "LOGITS DIFFER" in identity_line(summarise(record).identity)
+
+
 # ---- figure
 
 
@@ -331,6 +401,23 @@ def test_arms_that_this_machine_cannot_run_say_why(tiny_model: TinyModel) -> Non
     assert fixed["1GiB", "stock-readahead"].status == "ok"
     small = planned(model, dataclasses.replace(ABLE, memory_left=GIB // 2))
     assert small["1GiB", "expertier"].status == "not run"
+
+
+def test_budgets_are_further_arms_where_nothing_limits_memory(tiny_model: TinyModel) -> None:
+    arms = planned(tiny_model(TinySpec()), ABLE, budgets=("50%",))
+    assert arms["none", "expertier-50%"].settings["budget"] == "50%"
+    assert arms["none", "expertier"].settings["budget"] == "100%"
+    assert ("1GiB", "expertier-50%") not in arms
+
+
+def test_a_refusal_that_only_a_process_below_the_worker_could_print_is_a_refusal() -> None:
+    printed = "(Worker pid=1) ERROR expertier.errors.BudgetError: Too small. Give more.\nRuntimeError: engine failed\n"
+    usage = limits_module.Usage(peak_bytes=None, oom_kills=0)
+    ours, stock = arm("expertier", None, []), arm("stock", None, [])
+    assert _verdict(ours, 1, "", printed, usage, 1.0)[:2] == ("refused", "BudgetError: Too small. Give more.")
+    assert _verdict(stock, 1, "", printed, usage, 1.0)[0] == "failed"
+    killed = dataclasses.replace(usage, oom_kills=1)
+    assert _verdict(ours, 1, "", printed, killed, 1.0)[0] == "killed"
 
 
 def test_variants_are_further_arms_under_every_limit(tiny_model: TinyModel) -> None:

@@ -204,8 +204,8 @@ def test_the_doctor_says_what_would_be_refused(invoke: Invoke, dense_model: Path
 def test_the_doctor_calls_a_missing_engine_a_problem(
     invoke: Invoke, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    adapter = find_adapters()[0]["llamacpp"]
-    monkeypatch.setattr(type(adapter), "versions", lambda self: {})
+    for adapter in find_adapters()[0].values():
+        monkeypatch.setattr(type(adapter), "versions", lambda self: {})
     result = invoke("doctor", tiny_model(TinySpec()))
     assert result.exit_code == 2
     assert "pip install 'expertier[llamacpp]'" in " ".join(result.stdout.split())

@@ -124,6 +124,12 @@ def compare(
         list[str] | None,
         typer.Option("--limit", help="Memory limit: percent of the model, an amount, or none. Repeat it for several."),
     ] = None,
+    requests: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--requests", min=1, help="Requests at a time (vLLM). Repeat it for several. \\[default: 1, 8, 32]"
+        ),
+    ] = None,
     repeats: Annotated[int | None, typer.Option("--repeats", min=1, help="Repeats. \\[default: 5, quick: 2]")] = None,
     tokens: Annotated[
         int | None, typer.Option("--tokens", min=1, help="Tokens decoded per run. \\[default: 64, quick: 24]")
@@ -162,7 +168,8 @@ def compare(
             model=model,
             options=options,
             engine=engine,
-            limits=tuple(limit or ("33%", "60%", "none")),
+            limits=tuple(limit) if limit else None,
+            requests=tuple(requests) if requests else None,
             repeats=repeats or (2 if quick else 5),
             tokens=tokens or (24 if quick else 64),
             prompts=tuple(prompts or ()),

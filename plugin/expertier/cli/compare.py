@@ -14,9 +14,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from expertier import __version__
 from expertier.budget import format_bytes, parse_budget
-from expertier.catalog.gguf import read_gguf
+from expertier.catalog import read_catalog
 from expertier.catalog.types import Catalog
-from expertier.cli.engines import get_adapter
+from expertier.cli.engines import Workloads, get_adapter
 from expertier.cli.options import print_json
 from expertier.comparison.arms import Ability, Limit, parse_limit, parse_variant, plan_arms
 from expertier.comparison.figure import draw
@@ -29,7 +29,7 @@ from expertier.comparison.runner import Runner, Workload
 from expertier.comparison.summary import Summary, summarise
 from expertier.comparison.table import print_report
 from expertier.config import OffloadOptions
-from expertier.errors import ExpertierError
+from expertier.errors import ExpertierError, UnsupportedOptionError
 from expertier.paths import cache_dir
 from expertier.planning.calibrate import DiskSpeed, measure_disk
 from expertier.planning.memory import memory_left
@@ -48,7 +48,7 @@ class CompareRequest:
     model: Path
     options: OffloadOptions
     engine: str
-    limits: tuple[str, ...]
+    limits: tuple[str, ...] | None
     repeats: int
     tokens: int
     prompts: tuple[Path, ...]
@@ -61,14 +61,17 @@ class CompareRequest:
     wait_policy: str
     timeout: float
     as_json: bool
+    requests: tuple[int, ...] | None = None
 
 
 def compare(request: CompareRequest) -> None:
     """Run a comparison, write its record and figure, print its table."""
     adapter = get_adapter(request.engine)
-    catalog = read_gguf(request.model)
+    usual = adapter.workloads
+    catalog = read_catalog(request.model)
     parse_budget(request.options.budget, catalog.total_expert_bytes)  # a typing error shows now, not as failed arms
-    limits = [parse_limit(text, catalog.file_bytes) for text in request.limits]
+    limits = [parse_limit(text, catalog.file_bytes) for text in request.limits or usual.limits]
+    requests = _requests(request, usual)
     out = _prepare(request.out)
     confinement, reasons = find_confinement()
     readahead = Readahead(request.model)
@@ -87,14 +90,17 @@ def compare(request: CompareRequest) -> None:
         variants=_variants(request.variants, request.options),
         only=request.arms,
         readaheads=request.readaheads,
+        budgets=usual.budgets,
     )
     texts_wanted = min(_TEXTS, request.tokens)
     per_text = -(-request.tokens // texts_wanted)
+    prompts_per_text = -(-max(requests, default=0) // texts_wanted)
     texts = load_texts(
         request.prompts,
         request.model,
         decode=texts_wanted,
-        characters=_CHARACTERS_PER_TOKEN * max(_LONG_PROMPT, _SHORT_PROMPT + per_text),
+        characters=_CHARACTERS_PER_TOKEN
+        * max(_LONG_PROMPT, _SHORT_PROMPT + per_text, prompts_per_text * _SHORT_PROMPT),
     )
     comparison = Comparison(
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -117,12 +123,14 @@ def compare(request: CompareRequest) -> None:
             wait_policy=request.wait_policy,
             cold_start=drop_method(),
             confinement=confinement.name if confinement else "no memory limits",
+            requests=requests,
+            evidence=usual.evidence,
         ),
         arms=arms,
         notes=_notes(catalog, limits, ability),
     )
     workload = Workload(
-        model=request.model.absolute(),
+        model=catalog.path.absolute(),
         files=catalog.files,
         job={
             "n_ubatch": request.n_ubatch,
@@ -132,6 +140,7 @@ def compare(request: CompareRequest) -> None:
             "long_prompt": _LONG_PROMPT,
             "short_prompt": _SHORT_PROMPT,
             "tokens": per_text,
+            "requests": requests,
         },
         wait_policy=request.wait_policy,
         timeout=request.timeout,
@@ -139,6 +148,16 @@ def compare(request: CompareRequest) -> None:
     runner = Runner(adapter, workload, confinement, readahead)
     comparison = _run(runner, comparison, catalog, out)
     _show(comparison, out, as_json=request.as_json)
+
+
+def _requests(request: CompareRequest, usual: Workloads) -> tuple[int, ...]:
+    if request.requests is None or request.requests == usual.requests:
+        return usual.requests
+    if not usual.requests:
+        raise UnsupportedOptionError(
+            f"Comparisons with {request.engine} measure one sequence at a time.", "Leave out --requests."
+        )
+    return tuple(sorted(set(request.requests)))
 
 
 def _prepare(out: Path | None) -> Path:

@@ -16,7 +16,7 @@ from expertier.telemetry import Stats
 
 GROUP = "expertier.adapters"
 # For a source tree that is on the path but not installed.
-_MODULES = {"llamacpp": "expertier_llamacpp.adapter:ADAPTER"}
+_MODULES = {"llamacpp": "expertier_llamacpp.adapter:ADAPTER", "vllm": "expertier_vllm.adapter:ADAPTER"}
 
 FindingStatus = Literal["ok", "info", "warning", "problem"]
 
@@ -61,6 +61,31 @@ class StockVariant:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Workloads:
+    """What a comparison with an engine measures unless told otherwise.
+
+    Attributes
+    ----------
+    limits : tuple of str
+        Memory limits.
+    budgets : tuple of str
+        Budgets of further Expertier arms without a limit, besides the largest one.
+    requests : tuple of int
+        Numbers of requests at a time; empty if the worker measures single sequences alone.
+    evidence : str
+        Whether the worker digests all logits, or the greedy tokens.
+    readahead : bool
+        Whether the stock engine maps its weights, so that readahead matters to it.
+    """
+
+    limits: tuple[str, ...] = ("33%", "60%", "none")
+    budgets: tuple[str, ...] = ()
+    requests: tuple[int, ...] = ()
+    evidence: Literal["logits", "tokens"] = "logits"
+    readahead: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineSettings:
     """Settings of the engine itself: context length (``None``: a usual one), tokens per prompt step and threads."""
 
@@ -96,10 +121,13 @@ class Adapter(Protocol):
         As in ``--engine``.
     engine : str
         The engine's own name.
+    workloads : Workloads
+        What its worker measures.
     """
 
     name: str
     engine: str
+    workloads: Workloads
 
     def versions(self) -> dict[str, str]:
         """Installed distributions that matter, empty if the engine is missing. Does not import the engine."""

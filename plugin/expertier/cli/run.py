@@ -40,7 +40,7 @@ def run(
     # Compute threads that wait for an expert must not spin on the cores that the reading threads need.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     adapter = get_adapter(engine)
-    if not model.is_file():
+    if not model.exists():
         raise ModelNotFoundError(f"There is no file {model}.", "Check the path.")
     text = _prompt(prompt, prompt_file)
     started = time.perf_counter()

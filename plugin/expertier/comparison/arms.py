@@ -98,6 +98,7 @@ def plan_arms(
     variants: Mapping[str, Mapping[str, Any]] | None = None,
     only: Sequence[str] | None = None,
     readaheads: Sequence[int] = (USUAL_READAHEAD_KB,),
+    budgets: Sequence[str] = (),
 ) -> tuple[ArmRecord, ...]:
     """List all arms, those that cannot be run on this machine included, with the reason.
 
@@ -119,6 +120,8 @@ def plan_arms(
         Keys of the arms to keep.
     readaheads : sequence of int
         KiB at which stock runs under a limit, besides the setting as found.
+    budgets : sequence of str
+        Budgets of further Expertier arms where nothing limits memory.
 
     Raises
     ------
@@ -129,9 +132,10 @@ def plan_arms(
     for limit in limits:
         stock = _stock_arms(adapter, catalog, limit, ability, readaheads)
         ours = [_our_arm(catalog, limit, options, ability)]
-        for name, changes in (variants or {}).items():
+        further = [(budget, f"budget {budget}", {"budget": budget}) for budget in budgets if limit.limit_bytes is None]
+        for key, name, changes in [*further, *((name, name, given) for name, given in (variants or {}).items())]:
             settings = {**ours[0].settings, **changes}
-            ours.append(replace(ours[0], key=f"{_OURS}-{name}", label=f"Expertier, {name}", settings=settings))
+            ours.append(replace(ours[0], key=f"{_OURS}-{key}", label=f"Expertier, {name}", settings=settings))
         arms += [_runnable(arm, limit, ability) for arm in (*stock, *ours)]
     if only is not None:
         unknown = set(only) - {arm.key for arm in arms}
@@ -148,7 +152,7 @@ def _stock_arms(
     adapter: Adapter, catalog: Catalog, limit: Limit, ability: Ability, readaheads: Sequence[int]
 ) -> list[ArmRecord]:
     limited = limit.limit_bytes is not None
-    found = ability.readahead_kb
+    found = ability.readahead_kb if adapter.workloads.readahead else None
     arms = []
     for index, variant in enumerate(adapter.stock_variants(catalog, limited=limited)):
         arm = ArmRecord(

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from expertier.budget import format_bytes
+from expertier.comparison.loads import LoadSummary, speed_with
+from expertier.comparison.ratios import Ratio
 from expertier.comparison.records import ArmRecord, Comparison, Figures
 from expertier.comparison.summary import ArmSummary, Summary
 
@@ -38,18 +40,34 @@ def draw(comparison: Comparison, summary: Summary, path: Path) -> None:
     labels = list(dict.fromkeys(arm.label for arm in summary.arms))
     colours = _colours(summary, labels)
     with pyplot.rc_context(_style()):
-        figure, axes = pyplot.subplots(
-            1, 3, figsize=(max(11.0, 3.2 * len(limits) + 3.5), 4.6), width_ratios=(1.5, 1, 1), layout="constrained"
+        counts = sorted({load.requests for arm in summary.arms for load in arm.loads if load.requests > 1})[:3]
+        rows = 2 if counts else 1
+        figure, grid = pyplot.subplots(
+            rows,
+            3,
+            figsize=(max(11.0, 3.2 * len(limits) + 3.5), 4.6 * rows - 0.6 * (rows - 1)),
+            width_ratios=(1.5, 1, 1),
+            layout="constrained",
+            squeeze=False,
         )
+        axes = grid[0]
         bars = _Bars(comparison, summary, limits, labels, colours)
         bars.draw(axes[0], lambda arm: arm.tokens_per_second, lambda figures: figures.tokens_per_second)
         _name(axes[0], "Decode", "tokens per second, higher is better")
-        bars.label_ratios(axes[0])
+        bars.label(axes[0], lambda arm: arm.against_stock, lambda arm: arm.tokens_per_second_high or 0.0)
         bars.draw(axes[1], lambda arm: arm.ttft_long_seconds, lambda figures: figures.ttft_long_seconds)
         _name(axes[1], "First token", f"seconds for a {comparison.settings.long_prompt}-token prompt, lower is better")
         bars.draw(axes[2], lambda arm: _gib(arm.peak_memory_bytes or arm.peak_rss_bytes), None)
         bars.draw_limits(axes[2])
         _name(axes[2], "Peak memory", "GiB, page cache included; the line is the limit")
+        for place, count in enumerate(counts):
+            _draw_load(bars, grid[1][place], count)
+        free = list(grid[1:, len(counts) :].flat)
+        if free:
+            bars.draw(free[0], lambda arm: _gib(arm.peak_rss_bytes), None)
+            _name(free[0], "Peak memory of the worker", "GiB resident in the largest process")
+        for unused in free[1:]:
+            unused.set_axis_off()
         handles, names = axes[0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside lower center", ncols=min(4, len(names)), frameon=False)
         model = comparison.model
@@ -62,6 +80,19 @@ def draw(comparison: Comparison, summary: Summary, path: Path) -> None:
         )
         figure.savefig(path, dpi=160)
         pyplot.close(figure)
+
+
+def _draw_load(bars: _Bars, axes: Axes, count: int) -> None:
+    def load(arm: ArmSummary) -> LoadSummary | None:
+        return next((item for item in arm.loads if item.requests == count), None)
+
+    bars.draw(axes, lambda arm: getattr(load(arm), "tokens_per_second", None), speed_with(count))
+    _name(axes, f"{count} requests at a time", "tokens per second of all together, prompts included")
+    bars.label(axes, lambda arm: getattr(load(arm), "against_stock", None), lambda arm: _highest(load(arm)))
+
+
+def _highest(load: LoadSummary | None) -> float:
+    return 0.0 if load is None else load.tokens_per_second_high
 
 
 def _style() -> Any:  # matplotlib types the keys one by one
@@ -171,20 +202,26 @@ class _Bars:
         if len(values) > 1:
             axes.plot([place] * len(values), values, ".", color=_INK, markersize=3.5, alpha=0.55, zorder=3)
 
-    def label_ratios(self, axes: Axes) -> None:
+    def label(
+        self, axes: Axes, against_stock: Callable[[ArmSummary], Ratio | None], top: Callable[[ArmSummary], float]
+    ) -> None:
+        """Write the ratio to stock above Expertier's bars."""
+        from matplotlib import patheffects
+
         for key, (_, short) in self._arms.items():
-            ratio = short.against_stock
+            ratio = against_stock(short)
             if not short.ours or ratio is None:
                 continue
             axes.annotate(
                 f"{ratio.median:.2f}x",
-                (self._places[key], short.tokens_per_second_high or 0),
+                (self._places[key], top(short)),
                 xytext=(0, 5),
                 textcoords="offset points",
                 ha="center",
                 fontsize=10,
                 fontweight="bold",
                 color=self._colours[key[1]],
+                path_effects=[patheffects.withStroke(linewidth=2.5, foreground="white")],  # a neighbour may be taller
             )
 
     def draw_limits(self, axes: Axes) -> None:

@@ -92,6 +92,10 @@ class Settings:
         How the page cache was emptied before each run.
     confinement : str
         What enforced the memory limits.
+    requests : tuple of int
+        Numbers of requests at a time that were measured; empty for single sequences alone.
+    evidence : str
+        What the digests of outputs are made of: all logits, or greedy tokens.
     """
 
     repeats: int
@@ -107,6 +111,8 @@ class Settings:
     wait_policy: str
     cold_start: str
     confinement: str
+    requests: tuple[int, ...] = ()
+    evidence: Literal["logits", "tokens"] = "logits"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +143,44 @@ class OffloadFigures:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Load:
+    """So many requests made at the same moment; those of a run with one request at a time are put together.
+
+    Attributes
+    ----------
+    requests : int
+        At a time.
+    seconds : float
+        From making the requests to the last token.
+    tokens : int
+        Tokens generated.
+    ttft_seconds : tuple of float
+        Each request's first token.
+    token_seconds : tuple of float
+        Each later token of each request: time since the one before.
+    read_bytes : int
+        Read from storage.
+    hit_ratio, ready_hit_ratio, stall_seconds : float or None
+        Expertier's own figures, prompts included.
+    """
+
+    requests: int
+    seconds: float
+    tokens: int
+    ttft_seconds: tuple[float, ...]
+    token_seconds: tuple[float, ...]
+    read_bytes: int
+    hit_ratio: float | None = None
+    ready_hit_ratio: float | None = None
+    stall_seconds: float | None = None
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens of all requests together, prompts included in the time."""
+        return self.tokens / self.seconds
+
+
+@dataclass(frozen=True, kw_only=True)
 class Figures:
     """Raw figures of one successful run.
 
@@ -151,17 +195,19 @@ class Figures:
     token_seconds : tuple of float
         Each decoded token in order, the first one after a prompt included.
     peak_rss_bytes : int
-        High-water mark of resident memory, mapped file pages included.
+        High-water mark of resident memory, mapped file pages included; of several processes the largest.
     read_bytes, decode_read_bytes : int
         Bytes this process caused to be read from storage, in total and while decoding.
     tokens_digest, logits_digest : str
-        SHA-256 over the tokens fed and over the logits after each of them.
+        SHA-256 over the tokens fed and over the logits after each of them (or over what ``Settings.evidence`` names).
     choices : tuple of int
         The likeliest next token after each token fed.
     kernels : str
         Which kernels multiplied the experts; logits are comparable bit by bit within one kind.
     offload : OffloadFigures or None
         Expertier's own counters.
+    loads : tuple of Load
+        Several requests at a time.
     """
 
     load_seconds: float
@@ -176,6 +222,7 @@ class Figures:
     choices: tuple[int, ...]
     kernels: str
     offload: OffloadFigures | None = None
+    loads: tuple[Load, ...] = ()
 
     @property
     def tokens_per_second(self) -> float:

@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 _POLL_SECONDS = 0.1
 _OPTION_PREFIX = "EXPERTIER_"
+_REFUSAL = re.compile(r"\bexpertier\.errors\.(\w+): (.+)")
 
 OnStart = Callable[[ArmRecord, int], None]
 OnDone = Callable[[ArmRecord, Run], None]
@@ -209,6 +211,9 @@ def _verdict(
             return "failed", f"the worker's record cannot be read: {error}", None
     if usage.oom_kills or (code == -signal.SIGKILL and arm.limit_bytes is not None):
         return "killed", "by the kernel: the memory limit is too small for it", None
+    named = _REFUSAL.findall(errors)
+    if arm.ours and named:  # raised in a process below the worker, which can only print it
+        return "refused", f"{named[-1][0]}: {named[-1][1]}", None
     lines = [line for line in errors.strip().splitlines() if line.strip()]
     reason = lines[-1].strip() if lines else "nothing was printed"
     how = f"signal {-code}" if code < 0 else f"exit code {code}"

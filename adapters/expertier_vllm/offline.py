@@ -1,0 +1,153 @@
+"""An engine of vLLM in this process, driven step by step: what ``expertier run`` and one run of a comparison need.
+
+Upstream, all of it public: ``vllm.LLM`` and its ``llm_engine`` (``add_request``, ``step``,
+``has_unfinished_requests``), ``SamplingParams``, and the environment variables named here. Importing this module
+imports no vLLM.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from expertier_vllm.options import KEY
+
+
+def prepare_environment(threads: int) -> None:
+    """Set what vLLM reads when it is imported; what the user has set is left as it is.
+
+    Parameters
+    ----------
+    threads : int
+        Compute threads.
+    """
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    # The scheduler in this process: what is added between two steps is in the next one, so that the same requests make
+    # the same batches in every run. The worker stays a process of its own.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    # It would win over the size of the KV cache given below.
+    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
+
+
+def open_engine(
+    model: Path,
+    options: Mapping[str, Any] | None,
+    *,
+    context: int,
+    step_tokens: int,
+    requests: int,
+    cache_bytes: int,
+    eager: bool = True,
+) -> Any:
+    """Construct a ``vllm.LLM``.
+
+    Parameters
+    ----------
+    model : Path
+        Directory of the checkpoint.
+    options : mapping or None
+        Options of Expertier; ``None`` for stock.
+    context : int
+        Most tokens of a request.
+    step_tokens : int
+        Most tokens of a forward pass; longer prompts take several.
+    requests : int
+        Most requests at a time.
+    cache_bytes : int
+        Size of the KV cache.
+    eager : bool
+        Without ``torch.compile``.
+
+    Raises
+    ------
+    ExpertierError
+        Expertier was asked for and cannot take over.
+    """
+    from vllm import LLM
+
+    given = {name: value for name, value in (options or {}).items() if value is not None}
+    return LLM(
+        model=str(model),
+        max_model_len=context,
+        max_num_batched_tokens=max(step_tokens, requests),
+        max_num_seqs=requests,
+        kv_cache_memory_bytes=cache_bytes,
+        enforce_eager=eager,
+        distributed_executor_backend="mp",
+        # A prompt that was seen before would cost nothing the second time.
+        enable_prefix_caching=False,
+        additional_config={} if options is None else {KEY: given},
+        seed=0,
+    )
+
+
+@dataclass
+class Answer:
+    """What one request got.
+
+    Attributes
+    ----------
+    tokens : list of int
+        In order.
+    at : list of float
+        When each of them came, in seconds since the requests were made. Only time inside the engine counts.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    at: list[float] = field(default_factory=list)
+
+
+class Steps:
+    """Serves requests that are made at the same moment, one forward pass at a time.
+
+    Parameters
+    ----------
+    llm : vllm.LLM
+        The engine.
+    prompts : sequence of sequence of int
+        Tokens of each prompt.
+    parameters : vllm.SamplingParams
+        The same for all.
+
+    Attributes
+    ----------
+    answers : list of Answer
+        In the order of the prompts; grows while one iterates.
+    seconds : float
+        Time spent inside the engine so far.
+    """
+
+    def __init__(self, llm: Any, prompts: Sequence[Sequence[int]], parameters: Any) -> None:
+        self._engine = llm.llm_engine
+        self.answers = [Answer() for _ in prompts]
+        begin = time.perf_counter()
+        # The engine gives requests names of its own inside, and ours back in its answers.
+        for index, prompt in enumerate(prompts):
+            self._engine.add_request(str(index), {"prompt_token_ids": list(prompt)}, parameters)
+        self.seconds = time.perf_counter() - begin
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        """Yield what each forward pass gave."""
+        while self._engine.has_unfinished_requests():
+            begin = time.perf_counter()
+            outputs = self._engine.step()
+            self.seconds += time.perf_counter() - begin
+            for output in outputs:
+                answer = self.answers[int(output.request_id)]
+                new = output.outputs[0].token_ids[len(answer.tokens) :]
+                answer.tokens += new
+                answer.at += [self.seconds] * len(new)
+            yield outputs
+
+
+def greedy(tokens: int) -> Any:
+    """Parameters that always take the likeliest token, for exactly so many tokens."""
+    from vllm import SamplingParams
+
+    return SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)

@@ -1,0 +1,74 @@
+"""``expertier compare --engine vllm`` end to end on a small checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from expertier.cli import compare as compare_module
+from expertier.cli.engines import get_adapter
+from expertier.comparison.records import read_comparison
+from support.tiny_hf import HfSpec, write_hf
+
+pytest.importorskip("vllm")
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+def test_stock_and_expertier_serve_several_requests_at_a_time_with_the_same_tokens(
+    invoke: Callable[..., Any], invoke_json: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare_module, "find_confinement", lambda: (None, {"cgroup v1": "Permission denied"}))
+    model, out = write_hf(tmp_path / "tiny", HfSpec()), tmp_path / "out"
+    data = invoke_json(
+        "compare", model, "--engine", "vllm", "--limit", "none", "--out", out, "--repeats", 1, "--tokens", 8,
+        "--requests", 1, "--requests", 5, "--arms", "stock,expertier-25%", "--variant", "broken:budget=1KiB",
+    )  # fmt: skip
+    record = read_comparison(out / "comparison.json")
+    assert record.complete and record.settings.requests == (1, 5)
+    stock, ours = (arm.runs[0].figures for arm in record.arms)
+    assert stock is not None and ours is not None and ours.offload is not None
+    assert len(set(ours.choices)) > 4  # the comparison is not one of silence with silence
+    assert ours.choices == stock.choices
+    assert data["summary"]["identity"]["same_logits"] is True
+    assert ours.offload.budget_bytes == ours.offload.total_bytes // 4 >= ours.offload.peak_resident_bytes > 0
+    assert ours.offload.hit_ratio is not None and ours.offload.hit_ratio < 1 and ours.read_bytes > 0
+    for figures in (stock, ours):
+        assert [(load.requests, load.tokens) for load in figures.loads] == [(1, 8), (5, 10)]
+        assert [len(load.ttft_seconds) for load in figures.loads] == [4, 5]
+        assert all(seconds > 0 for load in figures.loads for seconds in (*load.ttft_seconds, *load.token_seconds))
+    text = invoke("report", out)
+    assert "Every greedy token of Expertier is stock's" in text.stdout and "later tokens" in text.stdout
+
+
+def test_a_budget_that_one_token_does_not_fit_into_is_refused_by_name_from_the_process_that_finds_it(
+    invoke_json: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare_module, "find_confinement", lambda: (None, {}))
+    data = invoke_json(
+        "compare", write_hf(tmp_path / "tiny", HfSpec()), "--engine", "vllm", "--limit", "none", "--out", tmp_path,
+        "--repeats", 1, "--tokens", 4, "--requests", 1, "--arms", "expertier-small", "--variant", "small:budget=1KiB",
+    )  # fmt: skip
+    [arm] = data["comparison"]["arms"]
+    assert arm["status"] == "refused"
+    assert arm["reason"].startswith("BudgetError: ")
+
+
+def test_the_command_line_generates_text_with_vllm(invoke: Callable[..., Any], tmp_path: Path) -> None:
+    model = write_hf(tmp_path / "tiny", HfSpec())
+    result = invoke("run", model, "--engine", "vllm", "-p", "the quick", "-n", 8, "--temperature", 0, "--budget", "50%")
+    assert result.exit_code == 0, result.output
+    assert "budget" in result.output and "tok/s" in result.output
+
+
+def test_files_that_vllm_does_not_load_are_refused_before_it_starts(invoke: Callable[..., Any], tmp_path: Path) -> None:
+    from support.tiny_gguf import TinySpec, write_tiny
+
+    model = write_tiny(tmp_path / "tiny.gguf", TinySpec())
+    result = invoke("run", model, "--engine", "vllm", "--prompt", "x")
+    assert result.exit_code == 2 and "gguf" in result.output
+    assert any("gguf" in finding.text for finding in get_adapter("vllm").findings(compare_module.read_catalog(model)))
+    refused = invoke("compare", model, "--requests", 4)
+    assert refused.exit_code == 2 and "--requests" in refused.output
