@@ -20,7 +20,7 @@ from expertier.catalog.pack import Pack, PackKey, find_or_build
 from expertier.catalog.safetensors import build_catalog, content_digest, read_layout
 from expertier.catalog.types import LayerExperts
 from expertier.errors import BudgetError, ExpertierError
-from expertier.manager import ManagerConfig, OffloadManager
+from expertier.manager import Lease, ManagerConfig, OffloadManager, Phase
 from expertier.planning.memory import memory_left
 from expertier.residency.windows import WindowPool
 from expertier.routing import AheadLoader, GainGate, Lookahead
@@ -123,6 +123,7 @@ class Runtime:
         self._ahead: AheadLoader | None = None
         self._kind = StepKind(real=False, decode=False)
         self._step_open = False
+        self._everything: Lease | None = None  # all experts are resident, and pinned for this step
         self._mode = ""
 
     # ---- building and loading
@@ -367,14 +368,10 @@ class Runtime:
         try:
             if stage.position == 0 or not self._step_open:
                 self._begin(len(ids))
-            routes = ids.numpy().astype(np.int64)
-            if self._kind.real:
-                self.manager.observe(stage.layer, routes)
-            capacity = self.manager.budget // self._slot[stage.layer]
-            if routes.size > capacity and len(np.unique(routes)) > capacity:
-                output = self._run_groups(stage, x, weights, ids, routes, capacity)
+            if self._everything is not None:
+                output = stage.module.compute_resident(x, weights, ids)
             else:
-                output = self._run_whole(stage, x, weights, ids, routes)
+                output = self._run_absent(stage, x, weights, ids)
         except BaseException:
             self._end()
             raise
@@ -382,14 +379,15 @@ class Runtime:
             self._end()
         return output
 
-    def _run_whole(
-        self,
-        stage: ExpertStage,
-        x: torch.Tensor,
-        weights: torch.Tensor,
-        ids: torch.Tensor,
-        routes: NDArray[np.int64],
+    def _run_absent(
+        self, stage: ExpertStage, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor
     ) -> torch.Tensor:
+        routes = ids.numpy().astype(np.int64)
+        if self._kind.real:
+            self.manager.observe(stage.layer, routes)
+        capacity = self.manager.budget // self._slot[stage.layer]
+        if routes.size > capacity and len(np.unique(routes)) > capacity:
+            return self._run_groups(stage, x, weights, ids, routes, capacity)
         with self.manager.acquire(stage.layer, routes, wait=False) as lease:
             if self._ahead is not None:
                 self._ahead.after_router(stage.layer, routes, lambda: x.float().numpy(), decode=self._kind.decode)
@@ -416,10 +414,16 @@ class Runtime:
     def _begin(self, tokens: int) -> None:
         self._end()
         self._kind = self._step_kind()
-        self.manager.begin_step(tokens, "decode" if self._kind.decode else "prefill")
+        phase: Phase = "decode" if self._kind.decode else "prefill"
+        self._everything = self.manager.hold_all(tokens, phase)
+        if self._everything is None:
+            self.manager.begin_step(tokens, phase)
         self._step_open = True
 
     def _end(self) -> None:
         if self._step_open:
             self._step_open = False
+            if self._everything is not None:
+                self._everything.release()
+                self._everything = None
             self.manager.end_step()

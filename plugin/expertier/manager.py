@@ -176,7 +176,6 @@ class OffloadManager:
         )
         self._quotas = dict(self.config.quotas or {})
         self._layer_bytes = dict.fromkeys(self._layers, 0)
-        self._routes_per_token = sum(min(experts[layer], top_k[layer]) for layer in self._layers)
 
         self._state = np.zeros(total, np.int8)
         self._pins = np.zeros(total, np.int32)
@@ -297,11 +296,17 @@ class OffloadManager:
                 raise
         return lease
 
-    def hold_all(self) -> Lease | None:
-        """Begin a step of one token with every expert pinned, when all of them are resident.
+    def hold_all(self, tokens: int = 1, phase: Phase = "decode") -> Lease | None:
+        """Begin a step with every expert pinned, when all of them are resident.
 
-        An adapter need not stop at any layer then. The step counts as if every layer's experts had been acquired one by
-        one. What the router chose is not observed: while all experts fit, nobody has to know.
+        An adapter need not stop at any layer then. The step counts as if its tokens had all chosen other experts in
+        every layer, as far as there are that many. What the router chose is not observed: while all experts fit, nobody
+        has to know.
+
+        Parameters
+        ----------
+        tokens, phase
+            As for :meth:`begin_step`.
 
         Returns
         -------
@@ -311,11 +316,13 @@ class OffloadManager:
         with self._lock:
             if self._used < self._stats.total_bytes or (self._state != _RESIDENT).any():
                 return None
-            self.begin_step(1, "decode")
+            self.begin_step(tokens, phase)
             everything = np.arange(len(self._state))
             self._pins[everything] += 1
             self._leases += 1
-            self._phase.ready_hits += self._routes_per_token
+            self._phase.ready_hits += sum(
+                min(self._experts[layer], tokens * self._top_k[layer]) for layer in self._layers
+            )
             self._note_used(everything)
             return Lease(self, self._layers[0], everything, None)
 
