@@ -26,6 +26,7 @@ _SHARED_MEMORY: Final = Path("/dev/shm")
 _WRITE_SECONDS: Final = 1.0
 _LOG_INTERVAL: Final = "VLLM_LOG_STATS_INTERVAL"  # upstream: vllm.envs, seconds between two of vLLM's own lines
 _LOG_SECONDS: Final = 10.0
+_STALE_SECONDS: Final = 60.0
 
 # vLLM's handlers and format belong to the logger called vllm.
 _logger = logging.getLogger("vllm.expertier")
@@ -57,7 +58,7 @@ class Board:
             It cannot be written.
         """
         self.directory.mkdir(mode=0o700, exist_ok=True)
-        if self.directory.stat().st_uid != os.getuid():
+        if self.directory.lstat().st_uid != os.getuid():
             raise PermissionError(f"{self.directory} belongs to somebody else")
         path = self._path(int(record["rank"]))
         partial = path.with_suffix(f".{os.getpid()}")
@@ -80,6 +81,18 @@ class Board:
         with contextlib.suppress(OSError):
             self._path(rank).unlink(missing_ok=True)
             self.directory.rmdir()
+
+    def sweep(self) -> None:
+        """Remove what servers that were killed have left behind, this one's own directory excepted."""
+        for directory in self.directory.parent.glob(f"expertier-{os.getuid()}-*"):
+            with contextlib.suppress(OSError):
+                if directory == self.directory or time.time() - directory.stat().st_mtime < _STALE_SECONDS:
+                    continue
+                if Board(directory.name.rpartition("-")[2], self.directory.parent).read():
+                    continue
+                for path in directory.iterdir():
+                    path.unlink()
+                directory.rmdir()
 
     def _path(self, rank: int) -> Path:
         return self.directory / f"{rank}.json"
@@ -119,6 +132,7 @@ class Reporter:
         self._board.remove(self._rank)
 
     def _work(self) -> None:
+        self._board.sweep()
         interval = _log_interval()
         written: Any = None
         logged, at = read_stats(self._read()), time.monotonic()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cli.conftest import strict_json
 from expertier.cli import compare as compare_module
 from expertier.cli.engines import get_adapter
 from expertier.comparison.records import read_comparison
@@ -15,6 +19,8 @@ from support.tiny_hf import HfSpec, write_hf
 
 pytest.importorskip("vllm")
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(600)]
+
+ROOTS = os.pathsep.join(str(Path(__file__).parents[2] / name) for name in ("plugin", "adapters"))
 
 
 def test_stock_and_expertier_serve_several_requests_at_a_time_with_the_same_tokens(
@@ -56,11 +62,20 @@ def test_a_budget_that_one_token_does_not_fit_into_is_refused_by_name_from_the_p
     assert arm["reason"].startswith("BudgetError: ")
 
 
-def test_the_command_line_generates_text_with_vllm(invoke: Callable[..., Any], tmp_path: Path) -> None:
+def test_the_command_line_generates_text_with_vllm(tmp_path: Path) -> None:
     model = write_hf(tmp_path / "tiny", HfSpec())
-    result = invoke("run", model, "--engine", "vllm", "-p", "the quick", "-n", 8, "--temperature", 0, "--budget", "50%")
-    assert result.exit_code == 0, result.output
-    assert "budget" in result.output and "tok/s" in result.output
+    arguments = ["run", str(model), "--engine", "vllm", "-p", "the quick", "-n", "8", "--temperature", "0", "--json"]
+    done = subprocess.run(  # vLLM sets environment variables of the process it runs in
+        [sys.executable, "-m", "expertier.cli", *arguments, "--budget", "50%"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": ROOTS},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    answer = strict_json(done.stdout[done.stdout.index("{") :])
+    assert answer["text"] and answer["stats"]["budget_bytes"] * 2 == answer["stats"]["total_bytes"]
+    assert "(50 %)" in answer["mode"] and answer["tokens"] == 7 and answer["hit_ratio"] < 1
 
 
 def test_files_that_vllm_does_not_load_are_refused_before_it_starts(invoke: Callable[..., Any], tmp_path: Path) -> None:
