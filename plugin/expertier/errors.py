@@ -64,3 +64,31 @@ class SidecarError(ExpertierError):
 
 class ManagerClosedError(ExpertierError):
     """The offload manager was used after it was closed."""
+
+
+class TraceError(ExpertierError):
+    """A trace of routes cannot be used; the subclasses say why."""
+
+
+class TraceFormatError(TraceError):
+    """The file is not a trace, cannot be read or written, or contradicts itself."""
+
+
+class TraceVersionError(TraceError):
+    """The trace was written by a newer Expertier."""
+
+
+class TraceTruncatedError(TraceError):
+    """The trace was not closed: its recorder was killed, or the file was cut."""
+
+
+class TraceChecksumError(TraceError):
+    """Bytes of the trace have changed since it was written."""
+
+
+class TraceMismatchError(TraceError):
+    """The trace is of another model."""
+
+
+class TraceTooShortError(TraceError):
+    """The trace has too few tokens for what was asked."""

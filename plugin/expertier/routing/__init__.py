@@ -3,5 +3,16 @@
 from expertier.routing.ahead import AheadLoader
 from expertier.routing.gate import GainGate
 from expertier.routing.lookahead import Lookahead
+from expertier.routing.recorder import TraceRecorder
+from expertier.routing.trace import Trace, TraceHeader, TraceLayer, read_trace
 
-__all__ = ["AheadLoader", "GainGate", "Lookahead"]
+__all__ = [
+    "AheadLoader",
+    "GainGate",
+    "Lookahead",
+    "Trace",
+    "TraceHeader",
+    "TraceLayer",
+    "TraceRecorder",
+    "read_trace",
+]
