@@ -149,7 +149,7 @@ def stock(model: Path) -> list[Any]:
         [sys.executable, "-c", STOCK, job], capture_output=True, text=True, env=environment(), check=False
     )
     assert done.returncode == 0, done.stderr
-    answers: list[Any] = json.loads(done.stdout.partition("ANSWERS")[2])
+    answers: list[Any] = json.loads(done.stdout.partition("ANSWERS")[2].splitlines()[0])
     assert len({tuple(answer["tokens"]) for answer in answers}) > 4  # they say different things
     return answers
 

@@ -58,7 +58,7 @@ def load_texts(given: Sequence[Path], model: Path, *, decode: int, characters: i
     ----------
     given : sequence of Path
         Files the user named: ``.json`` with a list of strings or of objects with ``domain`` and ``text``, anything else
-        as plain text. If empty: ``prompts.json`` beside the model (of a checkpoint: in its directory), else the one of
+        as plain text. If empty: ``prompts.json`` beside the model (or in its directory), else the one of
         the reference model in the cache directory, else sources of the Python standard library.
     model : Path
         The model.
@@ -75,8 +75,8 @@ def load_texts(given: Sequence[Path], model: Path, *, decode: int, characters: i
     if given:
         source, texts = ", ".join(path.name for path in given), [text for path in given for text in _read(path)]
     else:
-        beside = model / _FILE if model.is_dir() else model.parent / _FILE
-        found = [path for path in (beside, cache_dir() / "reference" / _FILE) if path.is_file()]
+        folders = (model, model.parent, cache_dir() / "reference")
+        found = [folder / _FILE for folder in folders if (folder / _FILE).is_file()]
         if found:
             source, texts = found[0].name, _read(found[0])
         else:
