@@ -71,6 +71,10 @@ class VllmOptions:
                 "repack='off' is not possible in vLLM: its kernels compute on rearranged weights only.",
                 "Leave repack at 'auto'.",
             )
+        if offload.trace is not None:
+            raise UnsupportedOptionError(
+                "trace is not possible in vLLM yet.", "Record with llama.cpp: expertier profile MODEL.gguf."
+            )
         parse_budget(offload.budget, 1 << 60)  # a slip of the pen is told before any work
         return cls(offload=offload, **{name: _flag(name, given[name]) for name in given if name in own})
 

@@ -1,0 +1,167 @@
+"""What cannot be is refused by name, before anything is loaded where possible."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from expertier.errors import ExpertierError, NotMoEError, UnsupportedEngineError, UnsupportedOptionError
+from expertier_vllm.refusals import ServerFacts, check_server
+from support.tiny_hf import HfSpec, write_hf
+from support.vllm_process import engine, error_of, run
+
+GOOD = ServerFacts(platform="cpu", model="some/model", experts=8)
+SPEC = HfSpec(layers=2)
+
+
+def test_a_plain_server_is_not_refused() -> None:
+    check_server(GOOD)
+    for load_format in ("auto", "hf", "safetensors"):
+        check_server(dataclasses.replace(GOOD, load_format=load_format, load_strategy="lazy"))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"experts": 0}, NotMoEError, "some/model has no routed experts"),
+        ({"platform": "cuda"}, UnsupportedEngineError, "on cuda"),
+        ({"expert_parallel": True}, UnsupportedOptionError, "--enable-expert-parallel"),
+        ({"expert_parallel": True, "eplb": True}, UnsupportedOptionError, "--enable-eplb"),
+        ({"data_parallel": 2}, UnsupportedOptionError, "--data-parallel-size"),
+        ({"context_parallel": 2}, UnsupportedOptionError, "Context parallelism"),
+        ({"micro_batches": True}, UnsupportedOptionError, "--enable-dbo"),
+        ({"elastic": True}, UnsupportedOptionError, "Elastic"),
+        ({"lora": True}, UnsupportedOptionError, "--enable-lora"),
+        ({"speculative": True}, UnsupportedOptionError, "Speculative decoding"),
+        ({"sleep_mode": True}, UnsupportedOptionError, "--enable-sleep-mode"),
+        ({"weight_offload": True}, UnsupportedOptionError, "--cpu-offload-gb"),
+        ({"load_format": "dummy"}, UnsupportedOptionError, "--load-format dummy"),
+        ({"load_format": "runai_streamer"}, UnsupportedOptionError, "--load-format runai_streamer"),
+        ({"load_strategy": "eager"}, UnsupportedOptionError, "--safetensors-load-strategy eager"),
+        ({"load_strategy": "prefetch"}, UnsupportedOptionError, "--safetensors-load-strategy prefetch"),
+        ({"multithread_load": True}, UnsupportedOptionError, "enable_multithread_load"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_the_way_out(
+    change: dict[str, Any], error: type[ExpertierError], words: str
+) -> None:
+    with pytest.raises(error, match=words) as caught:
+        check_server(dataclasses.replace(GOOD, **change))
+    assert caught.value.remedy
+
+
+# ---- in vLLM
+
+
+def refusals(moe: str, dense: str) -> dict[str, str]:
+    """What starting an engine with each setting raises."""
+    tries: dict[str, tuple[str, dict[str, Any]]] = {
+        "dense": (dense, {}),
+        "unknown key": (moe, {"expertier": {"budgt": "50%"}}),
+        "expert parallel": (moe, {"enable_expert_parallel": True, "tensor_parallel_size": 2}),
+        "lora": (moe, {"enable_lora": True}),
+        "speculative": (
+            moe,
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}},
+        ),
+        "dummy weights": (moe, {"load_format": "dummy"}),
+        "offload": (moe, {"cpu_offload_gb": 1}),
+        "worker": (moe, {"worker_cls": "some.where.Worker"}),
+    }
+
+    def start(model: str, arguments: dict[str, Any]) -> None:
+        with engine(model, "50%", **arguments):
+            pass
+
+    outcome = {name: error_of(lambda: start(model, arguments)) for name, (model, arguments) in tries.items()}
+    outcome["small budget"] = error_of(lambda: start(moe, {"expertier": {"budget": 1000}}))
+    outcome["large budget"] = error_of(lambda: start(moe, {"expertier": {"budget": "500%"}}))
+    return outcome
+
+
+@pytest.fixture(scope="module")
+def refused(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    pytest.importorskip("vllm")
+    moe = write_hf(tmp_path_factory.mktemp("moe"), SPEC)
+    dense = write_hf(tmp_path_factory.mktemp("dense"), SPEC)
+    config = json.loads((dense / "config.json").read_text())
+    for key in [key for key in config if "expert" in key or "moe" in key]:
+        del config[key]
+    config |= {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "intermediate_size": 64}
+    (dense / "config.json").write_text(json.dumps(config))
+    outcome: dict[str, str] = run(refusals, str(moe), str(dense))
+    return outcome
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    ("case", "expected"),
+    [
+        ("dense", "NotMoEError: "),
+        ("unknown key", "UnsupportedOptionError: Expertier has no option 'budgt'. Did you mean 'budget'?"),
+        ("expert parallel", "UnsupportedOptionError: --enable-expert-parallel is not supported"),
+        ("lora", "UnsupportedOptionError: --enable-lora is not supported"),
+        ("speculative", "UnsupportedOptionError: Speculative decoding is not supported"),
+        ("dummy weights", "UnsupportedOptionError: --load-format dummy"),
+        ("offload", "UnsupportedOptionError: vLLM's own weight offloading is on"),
+        ("worker", "UnsupportedOptionError: --worker-cls some.where.Worker is not vLLM's own"),
+        ("small budget", "BudgetError: A budget of 1000 B cannot hold the experts one token needs in layer 0"),
+        ("large budget", "BudgetError: The budget '500%' is more than all experts"),
+    ],
+)
+def test_an_engine_that_cannot_be_does_not_start_and_says_why(
+    refused: dict[str, str], case: str, expected: str
+) -> None:
+    assert refused[case].startswith(expected)
+
+
+def with_foreign_plugin(model: str) -> dict[str, str]:
+    from vllm.model_executor.custom_op import PluggableLayer
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+
+    class TheirExperts(RoutedExperts):  # type: ignore[misc]
+        """What another plugin would register."""
+
+    PluggableLayer.register_oot(TheirExperts, name="RoutedExperts")
+
+    def start() -> None:
+        with engine(model, "50%"):
+            pass
+
+    return {"error": error_of(start)}
+
+
+@pytest.mark.engine
+def test_a_second_plugin_that_replaced_the_experts_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("vllm")
+    error = run(with_foreign_plugin, str(write_hf(tmp_path, SPEC)))["error"]
+    assert error.startswith("UnsupportedEngineError: Another plugin has already replaced vLLM's RoutedExperts")
+    assert "TheirExperts" in error
+
+
+def unknown_version(model: str) -> dict[str, str]:
+    import vllm
+
+    vllm.__version__ = "0.99.1"
+
+    def start(budget: str | None) -> Callable[[], None]:
+        def call() -> None:
+            with engine(model, budget):
+                pass
+
+        return call
+
+    return {"ours": error_of(start("50%")), "stock": error_of(start(None))}
+
+
+@pytest.mark.engine
+def test_an_unknown_version_of_vllm_is_refused_and_stock_still_starts(tmp_path: Path) -> None:
+    pytest.importorskip("vllm")
+    outcome = run(unknown_version, str(write_hf(tmp_path, SPEC)))
+    assert outcome["ours"].startswith("UnsupportedEngineError: This Expertier does not know vLLM 0.99.1.")
+    assert outcome["stock"] == ""
