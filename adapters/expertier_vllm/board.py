@@ -82,17 +82,22 @@ class Board:
             self._path(rank).unlink(missing_ok=True)
             self.directory.rmdir()
 
+    def clear(self) -> None:
+        """Take everything away: vLLM ends a server by killing its workers, which then cannot."""
+        with contextlib.suppress(OSError):
+            for path in self.directory.iterdir():
+                path.unlink()
+            self.directory.rmdir()
+
     def sweep(self) -> None:
         """Remove what servers that were killed have left behind, this one's own directory excepted."""
         for directory in self.directory.parent.glob(f"expertier-{os.getuid()}-*"):
             with contextlib.suppress(OSError):
                 if directory == self.directory or time.time() - directory.stat().st_mtime < _STALE_SECONDS:
                     continue
-                if Board(directory.name.rpartition("-")[2], self.directory.parent).read():
-                    continue
-                for path in directory.iterdir():
-                    path.unlink()
-                directory.rmdir()
+                board = Board(directory.name.rpartition("-")[2], self.directory.parent)
+                if not board.read():
+                    board.clear()
 
     def _path(self, rank: int) -> Path:
         return self.directory / f"{rank}.json"
@@ -166,7 +171,7 @@ _published: Final[set[str]] = set()
 
 
 def publish(instance: str) -> None:
-    """Let vLLM's own ``/metrics`` show what the workers of a server put on their board.
+    """Let vLLM's own ``/metrics`` show what the workers of a server put on their board, until this process ends.
 
     Upstream: ``vllm.v1.metrics.prometheus.get_prometheus_registry`` hands out the default registry of the Prometheus
     client. With several API servers (``--api-server-count``) it hands out one that knows no collectors; then only
@@ -183,5 +188,7 @@ def publish(instance: str) -> None:
 
     from expertier_vllm.metrics import Collector
 
-    REGISTRY.register(Collector(Board(instance).read))
+    board = Board(instance)
+    REGISTRY.register(Collector(board.read))
+    atexit.register(board.clear)
     _published.add(instance)

@@ -120,8 +120,10 @@ def test_a_scrape_reads_what_living_workers_have_written(tmp_path: Path) -> None
     assert Board("xyz", tmp_path).read() == []
     board.remove(0)
     assert [entry["rank"] for entry in board.read()] == [1]
-    board.remove(1)
+    board.clear()
     assert not board.directory.exists()
+    board.remove(1)
+    board.clear()
 
 
 def write_and_die(root: Path, instance: str) -> None:
