@@ -6,10 +6,10 @@ import functools
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from expertier.catalog import read_catalog
 from support.tiny_hf import HfSpec, write_hf
 from support.vllm_arms import PROMPT_LENGTHS, Arm, Outcome, run_arms
 
@@ -66,23 +66,67 @@ def test_experts_come_and_go_within_the_budget(outcomes: Arms, family: str, arm:
     assert stats["total_experts"] == (spec.layers - spec.dense_layers) * spec.experts
 
 
-def test_experts_that_stock_cannot_compute_are_refused_with_stocks_reason(tmp_path: Path) -> None:
+# --- special cases, in one process ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def special(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Outcome]]:
+    """Stock beside Expertier where types and sizes are unusual."""
+    directory = tmp_path_factory.mktemp("special")
+    granite = write_hf(directory / "granite", HfSpec(family="granitemoe"))
+    narrow = write_hf(directory / "narrow", HfSpec(hidden=96, intermediate=32))
+    quantised = write_hf(directory / "quantised", HfSpec(family="gpt_oss"))
+    incomplete = write_hf(directory / "incomplete", HfSpec(files=3))
+    (incomplete / "model-00002-of-00003.safetensors").unlink()
+    models: dict[str, tuple[Path, dict[str, Any]]] = {
+        "float32": (granite, {"dtype": "float32"}),
+        "float16": (granite, {"dtype": "float16"}),
+        "narrow": (narrow, {}),
+        "quantised": (quantised, {}),
+        "incomplete": (incomplete, {}),
+    }
+    budgets = {"stock": None, "ours": {"budget": "25%"}}
+    yield run_arms(
+        [
+            Arm(name=f"{name}, {who}", model=str(model), engine=engine, expertier=budget)
+            for name, (model, engine) in models.items()
+            for who, budget in budgets.items()
+        ]
+    )
+    shutil.rmtree(directory)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("float16", 2)])
+def test_other_types_than_the_checkpoints_give_stocks_tokens(
+    special: dict[str, Outcome], dtype: str, size: int
+) -> None:
+    stock, ours = special[f"{dtype}, stock"], special[f"{dtype}, ours"]
+    spec = HfSpec(family="granitemoe")
+    assert stock.tokens and ours.tokens == stock.tokens
+    assert ours.stats is not None
+    assert ours.stats["total_bytes"] == spec.layers * spec.experts * 3 * size * spec.hidden * spec.intermediate
+
+
+def test_experts_that_would_share_pages_are_refused(special: dict[str, Outcome]) -> None:
+    assert special["narrow, stock"].tokens
+    error = special["narrow, ours"].error
+    assert error.startswith("UnsupportedModelError: An expert's w2_weight has 6144 bytes")
+    assert "Start without Expertier." in error
+
+
+def test_experts_that_stock_cannot_compute_are_refused_with_stocks_reason(special: dict[str, Outcome]) -> None:
     """Quantised experts need AMX in vLLM's CPU build."""
     import torch
 
     if torch.cpu._is_amx_tile_supported():
         pytest.skip("this CPU has AMX")
-    model = str(write_hf(tmp_path, HfSpec(family="gpt_oss")))
-    assert read_catalog(model).by_layer[0].parts[0].type_name == "MXFP4"
-    arms = run_arms([Arm(name="stock", model=model), Arm(name="ours", model=model, expertier={"budget": "50%"})])
-    for outcome in arms.values():
-        assert outcome.tokens is None
-        assert "No MXFP4 MoE backend supports" in outcome.error
+    for who in ("stock", "ours"):
+        assert special[f"quantised, {who}"].tokens is None
+        assert "No MXFP4 MoE backend supports" in special[f"quantised, {who}"].error
 
 
-def test_a_checkpoint_that_lacks_an_expert_is_refused_before_anything_is_computed(tmp_path: Path) -> None:
-    model = write_hf(tmp_path, HfSpec(files=3))
-    (model / "model-00002-of-00003.safetensors").unlink()
-    outcome = run_arms([Arm(name="ours", model=str(model), expertier={"budget": "50%"})])["ours"]
-    assert outcome.error.startswith("ModelNotFoundError: ")
-    assert "names model-00002-of-00003.safetensors, which is missing" in outcome.error
+def test_a_missing_shard_is_refused_by_name(special: dict[str, Outcome]) -> None:
+    assert special["incomplete, stock"].tokens is None
+    error = special["incomplete, ours"].error
+    assert error.startswith("ModelNotFoundError: ")
+    assert "names model-00002-of-00003.safetensors, which is missing" in error
