@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from expertier.budget import format_bytes
 from expertier.errors import BudgetError, ExpertLoadError
-from expertier.manager import Lease, OffloadManager
+from expertier.manager import Lease, OffloadManager, Phase
 from expertier_llamacpp import ggml
 from expertier_llamacpp.gate_input import GateInput
 from expertier_llamacpp.ggml import MEMORY, NAME_OFFSET, OP_OFFSET, SRC_OFFSET, WORDS
@@ -35,6 +35,7 @@ from expertier_llamacpp.signals import HeldSignals
 
 if TYPE_CHECKING:
     from expertier.routing import AheadLoader
+    from expertier_llamacpp.recording import RouteRecording
 
 _TOPK = b"ffn_moe_topk-"
 _LAYER = re.compile(r"blk\.(\d+)\.")
@@ -53,6 +54,8 @@ class EvalHook:
         Layer to number of experts.
     ahead : AheadLoader, optional
         Starts loads ahead of the router.
+    recording : RouteRecording, optional
+        Told of all routes.
 
     Attributes
     ----------
@@ -74,8 +77,10 @@ class EvalHook:
         tensors: Mapping[int, tuple[str, int]],
         experts: Mapping[int, int],
         ahead: AheadLoader | None = None,
+        recording: RouteRecording | None = None,
     ) -> None:
         self._manager = manager
+        self._recording = recording
         self._experts = dict(experts)
         self._managed: dict[int, tuple[int, int]] = {}
         self._last_stage: dict[int, int] = {}
@@ -112,10 +117,12 @@ class EvalHook:
 
     # ---- called around llama_decode
 
-    def begin(self, tokens: int) -> None:
-        """Prepare for a llama.cpp call that runs the graph over `tokens` tokens."""
+    def begin(self, batch: Any) -> None:
+        """Prepare for a llama.cpp call that runs the graph over a ``llama_batch``."""
         self.error = None
-        if tokens == 1:
+        if self._recording is not None:
+            self._recording.begin(batch)
+        elif batch.n_tokens == 1:
             # With everything resident there is nothing to stop for: a stop costs the threads a sleep and a waking.
             self._lease = self._manager.hold_all()
             self._quiet = self._step_open = self._lease is not None
@@ -135,7 +142,7 @@ class EvalHook:
         self._topk_node = 0
         if self._step_open:
             self._step_open = False
-            self._manager.end_step()
+            self._end_step()
         error, self.error = self.error, None
         if error is not None and not isinstance(error, _InterruptedError):
             raise error
@@ -147,6 +154,11 @@ class EvalHook:
         self._lease = None
         self._kept.clear()
         self._uncomputed = False
+
+    def _end_step(self) -> None:
+        self._manager.end_step()
+        if self._recording is not None:
+            self._recording.end_step(failed=self.error is not None)
 
     # ---- the callback
 
@@ -193,12 +205,17 @@ class EvalHook:
             raise _lost_callback()
         if layer <= self._previous_layer or not self._step_open:
             if self._step_open:
-                self._manager.end_step()
-            self._manager.begin_step(len(routes), "decode" if len(routes) == 1 else "prefill")
+                self._end_step()
+            phase: Phase = "decode" if len(routes) == 1 else "prefill"
+            self._manager.begin_step(len(routes), phase)
+            if self._recording is not None:
+                self._recording.begin_step(len(routes), phase)
             self._step_open = True
         self._previous_layer = layer
         self._topk_node = self.compute_node = node
         self._manager.observe(layer, routes)
+        if self._recording is not None:
+            self._recording.layer(layer, routes, node)
         self._lease = self._manager.acquire(layer, routes, wait=False)
         self._lease_is_whole = False
         self._owed_layer = layer

@@ -24,12 +24,13 @@ from expertier.errors import BudgetError, ExpertierError, ManagerClosedError, Mo
 from expertier.manager import ManagerConfig, OffloadManager
 from expertier.planning.memory import memory_left, process_memory
 from expertier.residency.windows import WindowPool
-from expertier.routing import AheadLoader, GainGate, Lookahead
+from expertier.routing import AheadLoader, GainGate, Lookahead, TraceRecorder
 from expertier_llamacpp import ggml
 from expertier_llamacpp.buffer import ExpertBuffers
 from expertier_llamacpp.callback import EvalHook
 from expertier_llamacpp.governor import BudgetGovernor, StepMemory
 from expertier_llamacpp.loading import ModelLoader, open_files
+from expertier_llamacpp.recording import RouteRecording, trace_header
 from expertier_llamacpp.sidecar import choose_kernels
 from expertier_llamacpp.signals import HeldSignals
 
@@ -71,6 +72,8 @@ class Llama(llama_cpp.Llama):
         ``.stats()`` tells what happens, ``.resize()`` changes the budget while running.
     catalog : Catalog
         The model's experts.
+    recorder : TraceRecorder or None
+        Writes the routes where ``expert_trace`` says.
 
     Raises
     ------
@@ -87,6 +90,7 @@ class Llama(llama_cpp.Llama):
 
     offload: OffloadManager
     catalog: Catalog
+    recorder: TraceRecorder | None
 
     def __init__(self, model_path: str, **kwargs: Any) -> None:
         own = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith(_KEYWORD)}
@@ -133,6 +137,11 @@ class Llama(llama_cpp.Llama):
             raise
         self._closing.insert(0, manager.close)
         self.offload = manager
+        self.recorder = None
+        if options.trace is not None:
+            width = layouts[0].metadata.get(f"{catalog.architecture}.embedding_length", 0)
+            self.recorder = TraceRecorder(options.trace, trace_header(catalog, pool, options, int(width)))
+            self._closing.append(self.recorder.close)
         buffers = ExpertBuffers(pool.placements, kernels.repacked)
         self._buffers = buffers  # llama.cpp calls into it until the model is freed
 
@@ -146,7 +155,8 @@ class Llama(llama_cpp.Llama):
                 # llama.cpp drops rows without output before the last layer's experts: of a prompt one row is left.
                 last_is_narrow=True,
             )
-            self._hook = EvalHook(manager=manager, tensors=tensors, experts=experts, ahead=ahead)
+            recording = RouteRecording(self.recorder, hidden_every=options.trace_hidden) if self.recorder else None
+            self._hook = EvalHook(manager=manager, tensors=tensors, experts=experts, ahead=ahead, recording=recording)
             return self._hook.callback
 
         loader = ModelLoader(
@@ -198,7 +208,7 @@ class Llama(llama_cpp.Llama):
                     use.thread = threading.current_thread()
                     if governor is not None:
                         governor.before(batch.n_tokens())
-                    hook.begin(batch.n_tokens())
+                    hook.begin(batch.batch)
                     try:
                         stock(batch)
                     finally:
@@ -245,6 +255,8 @@ def _disown_all() -> None:
     for instance in list(_instances):
         instance._use.lock = threading.RLock()  # a thread that is not in the child may have held it
         instance.offload.disown()
+        if instance.recorder is not None:
+            instance.recorder.disown()
 
 
 os.register_at_fork(after_in_child=_disown_all)

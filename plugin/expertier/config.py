@@ -38,6 +38,9 @@ class OffloadOptions:
     io_threads: int = _option(2, "Reads in flight at a time.")
     margin: str | int = _option("auto", "Memory budget 'auto' leaves free for the system.")
     sidecar_dir: str | None = _option(None, "Where the repacked sidecar goes (default: next to the model).")
+    trace: str | None = _option(None, "Record the routers' choices into this file; a trace of the model is continued.")
+    trace_tokens: Literal["off", "on"] = _option("off", "Record token ids, too: they tell what was read and written.")
+    trace_hidden: int | None = _option(None, "Record the routers' inputs of every so many decoded tokens, too.")
 
     @classmethod
     def from_mapping(cls, given: Mapping[str, Any] | None = None) -> OffloadOptions:

@@ -45,12 +45,15 @@ def test_every_option_can_come_from_the_environment(monkeypatch: pytest.MonkeyPa
         "io_threads": "4",
         "margin": "1GiB",
         "sidecar_dir": "somewhere",
+        "trace": "a file",
+        "trace_tokens": "on",
+        "trace_hidden": "16",
     }
     assert set(texts) == {option.name for option in fields(OffloadOptions)}
     for name, text in texts.items():
         monkeypatch.setenv(ENV_PREFIX + name.upper(), text)
     options = OffloadOptions.from_mapping()
-    converted = {"half_life": 12.5, "io_threads": 4}
+    converted = {"half_life": 12.5, "io_threads": 4, "trace_hidden": 16}
     assert {name: getattr(options, name) for name in texts} == texts | converted
 
 

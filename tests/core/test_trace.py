@@ -379,3 +379,11 @@ for token in range(1 << 30):
     steps = list(read_trace(path, partial=True).steps())
     assert [int(step.positions[0]) for step in steps] == list(range(len(steps)))
     assert len(steps) > 2
+
+
+def test_a_file_has_one_recorder_at_a_time(tmp_path: Path) -> None:
+    with (
+        TraceRecorder(tmp_path / "trace", header()),
+        pytest.raises(TraceFormatError, match="is being recorded right now"),
+    ):
+        TraceRecorder(tmp_path / "trace", header())

@@ -163,6 +163,15 @@ class WindowPool:
     def stages(self, layer: int) -> int:
         return self._stages[layer]
 
+    def read_bytes(self, layer: int) -> tuple[int, ...]:
+        """Bytes read to load an expert of `layer`, padding included: one number if it is the same for all."""
+        parts = [placed.part for window in self._windows[layer] for placed in window.parts]
+        counts = [
+            sum(-(-((part.offset + expert * part.stride) % PAGE + part.expert_bytes) // PAGE) * PAGE for part in parts)
+            for expert in range(parts[0].experts)
+        ]
+        return tuple(counts) if len(set(counts)) > 1 else tuple(counts[:1])
+
     def place(self, layer: int, expert: int, recycled: tuple[int, int] | None) -> Sequence[PlannedRead]:
         windows = self._windows[layer]
         fresh = False

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -101,30 +103,41 @@ class TraceRecorder:
 
     def _open(self) -> BinaryIO:
         try:
-            file: BinaryIO
-            if not self.path.exists() or not self.path.stat().st_size:
-                file = self.path.open("wb")
-                file.write(self.header.encode())
-                file.flush()
-                return file
-            old = Trace(self.path, partial=True)
-            if old.header != self.header:
-                same = old.header.fingerprint == self.header.fingerprint
-                raise TraceMismatchError(
-                    f"{self.path} exists and is a trace {'with other contents' if same else 'of another model'}.",
-                    "Choose another file, or delete it.",
-                )
-            for _ in old.blocks():
-                pass
-            self._counts = old.counts
-            file = self.path.open("r+b")
-            file.truncate(old.intact_bytes)
-            file.seek(old.intact_bytes)
-            return file
+            file = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644), "r+b")
+            try:
+                self._begin(file)
+            except BaseException:
+                file.close()
+                raise
         except OSError as error:
             raise TraceFormatError(
                 f"The trace {self.path} cannot be written: {error.strerror}.", "Choose another file."
             ) from error
+        return file
+
+    def _begin(self, file: BinaryIO) -> None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise TraceFormatError(
+                f"The trace {self.path} is being recorded right now.", "Choose another file, or wait."
+            ) from error
+        if not os.fstat(file.fileno()).st_size:
+            file.write(self.header.encode())
+            file.flush()
+            return
+        old = Trace(self.path, partial=True)
+        if old.header != self.header:
+            same = old.header.fingerprint == self.header.fingerprint
+            raise TraceMismatchError(
+                f"{self.path} exists and is a trace {'with other contents' if same else 'of another model'}.",
+                "Choose another file, or delete it.",
+            )
+        for _ in old.blocks():
+            pass
+        self._counts = old.counts
+        file.truncate(old.intact_bytes)
+        file.seek(old.intact_bytes)
 
     # ---- called by the engine's thread
 
