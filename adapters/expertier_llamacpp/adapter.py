@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,6 +67,22 @@ class LlamaCppSession:
         else:
             for chunk in llama.create_completion(prompt, **options):
                 yield chunk["choices"][0]["text"]
+
+    def tokenize(self, text: str) -> list[int]:
+        """Turn text into token ids, nothing added."""
+        tokens: list[int] = self._llama.tokenize(text.encode(), add_bos=False)
+        return tokens
+
+    def read(self, tokens: Sequence[int], *, fresh: bool) -> None:
+        """Compute one step over given tokens, whatever the model would have said; `fresh` forgets those before."""
+        if fresh:
+            self._llama.reset()  # type: ignore[no-untyped-call]
+        self._llama.eval(tokens)
+
+    def note(self, values: Mapping[str, Any]) -> None:
+        """Leave measurements in the trace that is being recorded."""
+        if self._llama.recorder is not None:
+            self._llama.recorder.note(values)
 
     def stats(self) -> Stats:
         return self._llama.offload.stats()

@@ -188,6 +188,53 @@ def compare(
 
 @app.command()
 @reported
+@offload_flags
+def profile(
+    model: Model,
+    options: OffloadOptions,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--text", help="Text file, or JSON list of texts (or of objects with domain and text). Repeat it."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Trace to write or to continue. \\[default: in the cache directory]"),
+    ] = None,
+    engine: Engine = "llamacpp",
+    tokens: Annotated[int, typer.Option("--tokens", min=2, help="Most tokens to read.")] = 20_000,
+    per_text: Annotated[int, typer.Option("--tokens-per-text", min=2, help="Most tokens of one text.")] = 256,
+    prompt: Annotated[
+        int, typer.Option("--prompt", min=1, help="Tokens of each text that are read in one step, as a prompt.")
+    ] = 1,
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Read texts token by token and record which experts the routers choose. Stores no text."""
+    from expertier.cli.engines import EngineSettings
+    from expertier.cli.profile import ProfileRequest
+    from expertier.cli.profile import profile as command
+    from expertier.comparison.hardware import cores
+
+    command(
+        ProfileRequest(
+            model=model,
+            options=options,
+            texts=tuple(text or ()),
+            out=out,
+            engine=engine,
+            tokens=tokens,
+            per_text=per_text,
+            prompt=prompt,
+            settings=EngineSettings(threads=threads or cores()),
+            as_json=as_json,
+        )
+    )
+
+
+@app.command()
+@reported
 def report(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="What `expertier compare --out` wrote.")],
     as_json: AsJson = False,

@@ -73,12 +73,12 @@ def load_texts(given: Sequence[Path], model: Path, *, decode: int, characters: i
         A file cannot be read, is of another form, or there is no text at all.
     """
     if given:
-        source, texts = ", ".join(path.name for path in given), [text for path in given for text in _read(path)]
+        source, texts = ", ".join(path.name for path in given), [text for path in given for text in read_texts(path)]
     else:
         folders = (model, model.parent, cache_dir() / "reference")
         found = [folder / _FILE for folder in folders if (folder / _FILE).is_file()]
         if found:
-            source, texts = found[0].name, _read(found[0])
+            source, texts = found[0].name, read_texts(found[0])
         else:
             source, texts = "sources of the Python standard library", _standard_library()
     by_domain: dict[str, list[str]] = {}
@@ -98,7 +98,14 @@ def load_texts(given: Sequence[Path], model: Path, *, decode: int, characters: i
     return Texts(source=source, decode=chosen[:decode], long=chosen[decode])
 
 
-def _read(path: Path) -> list[Text]:
+def read_texts(path: Path) -> list[Text]:
+    """Read a file of texts; see :func:`load_texts` for its form.
+
+    Raises
+    ------
+    ExpertierError
+        It cannot be read, or is of another form.
+    """
     try:
         content = path.read_text(encoding="utf-8", errors="replace")
         if path.suffix != ".json":

@@ -1,0 +1,111 @@
+"""Replays a trace through the real offload manager: there is no second implementation of what it decides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from expertier.manager import ManagerConfig, OffloadManager
+from expertier.residency.pool import PlannedRead
+from expertier.routing.trace_format import PREFILL
+from expertier.simulation.events import Events
+from expertier.simulation.result import Replay
+
+__all__ = ["InstantPool", "Replay", "replay"]
+
+
+class InstantPool:
+    """Expert memory that holds nothing and loads in no time; implements :class:`expertier.residency.pool.ExpertPool`.
+
+    Attributes
+    ----------
+    loads : list of int
+        Experts placed since somebody last looked, numbered over all layers.
+    """
+
+    def __init__(self, events: Events) -> None:
+        self._slots = {layer.layer: layer.slot_bytes for layer in events.header.layers}
+        self._base = dict(zip(self._slots, events.base.tolist(), strict=True))
+        self.loads: list[int] = []
+
+    def slot_bytes(self, layer: int) -> int:
+        return self._slots[layer]
+
+    def stages(self, layer: int) -> int:
+        return 1
+
+    def place(self, layer: int, expert: int, recycled: tuple[int, int] | None) -> Sequence[PlannedRead]:
+        self.loads.append(self._base[layer] + expert)
+        return ()
+
+    def drop(self, layer: int, expert: int) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def replay(
+    events: Events,
+    policy: str,
+    budget: int,
+    *,
+    half_life: float | None = None,
+    seen: Callable[[int], None] | None = None,
+) -> Replay:
+    """Replay a trace without prefetching: hits, misses and bytes are exactly those of an adapter.
+
+    Parameters
+    ----------
+    events : Events
+        The trace.
+    policy : str
+        A key of :data:`expertier.residency.POLICIES`.
+    budget : int
+        Bytes the pool may hold.
+    half_life : float, optional
+        As in :class:`expertier.manager.ManagerConfig`.
+    seen : callable, optional
+        Told the number of steps done, now and then.
+
+    Raises
+    ------
+    BudgetError
+        Some working set does not fit.
+    UnsupportedOptionError
+        The policy is unknown, or has no half-life.
+    """
+    events.check_budget(budget)
+    layers = events.header.layers
+    pool = InstantPool(events)
+    manager = OffloadManager(
+        experts={layer.layer: layer.experts for layer in layers},
+        top_k={layer.layer: layer.top_k for layer in layers},
+        pool=pool,
+        budget=budget,
+        config=ManagerConfig(policy=policy, half_life=half_life, io_threads=1),
+    )
+    misses = np.zeros(len(events), np.int64)
+    bytes_read = np.zeros(len(events), np.int64)
+    sizes = events.load_bytes
+    numbers = [layer.layer for layer in layers]
+    places, starts = events.layer.tolist(), events.step_starts.tolist()
+    try:
+        for step, (tokens, phase) in enumerate(zip(events.tokens.tolist(), events.phase.tolist(), strict=True)):
+            manager.begin_step(tokens, "prefill" if phase == PREFILL else "decode")
+            for event in range(starts[step], starts[step + 1]):
+                layer, routes = numbers[places[event]], events.routes(event)
+                manager.observe(layer, routes)
+                manager.acquire(layer, routes, wait=False).release()
+                if pool.loads:
+                    misses[event] = len(pool.loads)
+                    bytes_read[event] = sizes[pool.loads].sum()
+                    pool.loads.clear()
+            manager.end_step()
+            if seen is not None and step % 256 == 0:
+                seen(step)
+    finally:
+        manager.close()
+    name = policy if half_life is None else f"{policy}:{half_life:g}"
+    return Replay.of(events, policy=name, budget=budget, misses=misses, bytes_read=bytes_read)

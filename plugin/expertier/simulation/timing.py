@@ -1,0 +1,100 @@
+"""How long decoding takes, from what was loaded when."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from expertier.simulation.events import Events
+from expertier.simulation.result import Replay
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Speeds of a machine, from calibration.
+
+    Attributes
+    ----------
+    bandwidth : float
+        Bytes per second that loads of experts reach.
+    latency : float
+        Seconds from asking for the first absent expert of an event to its first byte.
+    compute : float
+        Seconds a decode step takes with everything resident.
+    load_cost : float
+        Seconds of the engine's own time per load (bookkeeping, moving memory).
+    expert_share : float
+        Part of `compute` that multiplies experts; only this overlaps with loads of later parts of the same experts.
+    """
+
+    bandwidth: float
+    compute: float
+    latency: float = 0.0
+    load_cost: float = 0.0
+    expert_share: float = 0.8
+
+    def layer_compute(self, events: Events) -> float:
+        """Seconds of compute in one event, all layers being equal."""
+        return self.compute / len(events.header.layers)
+
+    def transfer(self, replay: Replay) -> NDArray[np.float64]:
+        """Seconds the storage is busy for every event, shape ``(events,)``."""
+        return replay.bytes_read / self.bandwidth + self.latency * (replay.misses > 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTimes:
+    """Seconds per decode step under three assumptions.
+
+    Attributes
+    ----------
+    demand : float
+        Loads begin when the router has chosen; parts of an expert are computed while later ones load.
+    one_layer : float
+        Perfect prefetch: what a layer lacks begins to load when the router of the layer before has chosen.
+    bound : float
+        The storage never idles and nothing waits but for it: the longer of compute and transfer.
+    """
+
+    demand: float
+    one_layer: float
+    bound: float
+
+
+def step_times(events: Events, replay: Replay, timing: Timing) -> StepTimes:
+    """Time the decode steps of a replay."""
+    chosen = events.decode
+    stages = np.array([layer.stages for layer in events.header.layers])[events.layer[chosen]]
+    transfer = timing.transfer(replay)[chosen]
+    cost = timing.load_cost * replay.misses[chosen]
+    compute = timing.layer_compute(events)
+    steps = replay.steps
+    head, tail = compute * (1 - timing.expert_share), compute * timing.expert_share
+    read = replay.bytes_read[chosen] / timing.bandwidth
+    wait = transfer - read
+    end = np.zeros(len(transfer))
+    for stage in range(int(stages.max())):
+        active = stage < stages
+        arrival = wait + read * np.minimum(stage + 1, stages) / stages
+        end = np.where(active, np.maximum(end, arrival) + tail / stages, end)
+    demand = float((head + cost + end).sum())
+    total_compute = compute * int(chosen.sum()) + float(cost.sum())
+    return StepTimes(
+        demand=demand / steps,
+        one_layer=_one_layer_ahead(transfer.tolist(), cost.tolist(), head, tail) / steps,
+        bound=max(total_compute, float(read.sum())) / steps,
+    )
+
+
+def _one_layer_ahead(transfer: list[float], cost: list[float], head: float, tail: float) -> float:
+    now = disk = ready = 0.0
+    if transfer:
+        disk = ready = head + transfer[0]  # nobody came before the first
+    following = [*transfer[1:], 0.0]
+    for own_cost, coming in zip(cost, following, strict=True):
+        chosen = now + head + own_cost
+        now = max(chosen, ready) + tail
+        disk = ready = max(disk, chosen) + coming
+    return now
