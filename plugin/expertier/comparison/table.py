@@ -47,7 +47,8 @@ def _table(limit: str, arms: list[ArmSummary]) -> Table:
         title += f" ({limit} of the model)"
     table = Table(title=title, title_style="bold", title_justify="left", header_style="dim", expand=False)
     table.add_column("arm", no_wrap=True)
-    for name in ("tok/s", "against stock", "first token", "peak memory", "read/token", "hits", "stall/token", "bound"):
+    memory = "peak memory (worker)" if any(arm.loads for arm in arms) else "peak memory"
+    for name in ("tok/s", "against stock", "first token", memory, "read/token", "hits", "stall/token", "bound"):
         table.add_column(name, justify="right")
     for arm in arms:
         table.add_row(*_row(arm))
@@ -67,7 +68,7 @@ def _row(arm: ArmSummary) -> Iterable[str]:
         + (f" [dim]({arm.ttft_against_stock.median:.2f}x)[/]" if arm.ours and arm.ttft_against_stock else ""),
         # An engine of several processes: the one with the weights counts, beside all of them with the page cache.
         _bytes(arm.peak_memory_bytes or arm.peak_rss_bytes)
-        + (f" [dim]({_bytes(arm.peak_rss_bytes)} worker)[/]" if arm.loads else ""),
+        + (f" [dim]({_bytes(arm.peak_rss_bytes)})[/]" if arm.loads else ""),
         _bytes(arm.read_bytes_per_token),
         _percent(arm.hit_ratio),
         _DASH if arm.stall_ms_per_token is None else f"{arm.stall_ms_per_token:.1f} ms",
@@ -81,7 +82,7 @@ def _row(arm: ArmSummary) -> Iterable[str]:
 def _loads_table(arms: list[ArmSummary]) -> Table:
     table = Table(title="requests at a time", title_justify="left", header_style="dim", expand=False)
     table.add_column("arm", no_wrap=True)
-    names = ("requests", "tok/s", "against stock", "first token p50/p99", "later tokens p50/p99", "read/token")
+    names = ("requests", "tok/s", "against stock", "first token p50/p99", "later p50/p99", "read/token")
     for name in (*names, "hits", "ready", "stall/token"):
         table.add_column(name, justify="right", no_wrap=True)
     for arm in arms:
