@@ -25,10 +25,9 @@ from expertier.planning.memory import memory_left
 from expertier.residency.windows import WindowPool
 from expertier.routing import AheadLoader, GainGate, Lookahead
 from expertier.storage import StorageFile
+from expertier_vllm.checkpoint import CheckpointFiles, SourceReader
 from expertier_vllm.grouping import token_groups
 from expertier_vllm.loading import (
-    MappedFiles,
-    SourceReader,
     announce,
     find_sidecar,
     read_rows,
@@ -98,6 +97,8 @@ class Runtime:
     ----------
     manager : OffloadManager
         Exists once the last layer has been loaded.
+    files : CheckpointFiles
+        The checkpoint, while it loads.
 
     Notes
     -----
@@ -116,7 +117,8 @@ class Runtime:
         self._waiting: set[str] = set()
         self._layout = read_layout(facts.checkpoint)
         self._catalog = build_catalog(self._layout)
-        self._mapped: MappedFiles | None = None
+        self.files = CheckpointFiles(self._layout, self._catalog)
+        self._looked = False
         self._pack: Pack | None = None
         self._asked: int | None = None
         self._smallest = self._largest = 0
@@ -135,13 +137,13 @@ class Runtime:
         self._stages.append(stage)
         self._waiting.add(stage.name)
 
-    def sources(self) -> MappedFiles | None:
-        """Where to note checkpoint tensors; ``None`` when an earlier start has left a sidecar."""
-        if self._pack is None and self._mapped is None:
+    def sources(self) -> CheckpointFiles | None:
+        """Where to look checkpoint tensors up; ``None`` when an earlier start has left a sidecar."""
+        if not self._looked:
             key = self._key()
             self._pack = find_sidecar(self._directories(), sidecar_name(self.facts.checkpoint, key), key)
-            self._mapped = MappedFiles(file.path for file in self._layout.files)
-        return None if self._pack is not None else self._mapped
+            self._looked = True
+        return None if self._pack is not None else self.files
 
     def _key(self) -> PackKey:
         layers = sorted(stage.layer for stage in self._stages)
@@ -184,8 +186,7 @@ class Runtime:
                 produce=lambda: (view for stage in self._stages for view in stage.produce(reader)),
                 announce=announce,
             )
-        if self._mapped is not None:
-            self._mapped.forget()
+        self.files.close()
         self._pack = pack
         layers = pack.layers(
             LayerExperts(layer=stage.layer, experts=stage.experts, top_k=stage.top_k, parts=tuple(parts[stage.layer]))

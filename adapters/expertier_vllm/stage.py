@@ -14,7 +14,7 @@ from expertier.catalog.types import ExpertPart, PartRole
 from expertier.errors import ModelFormatError, UnsupportedModelError
 from expertier.residency.pages import PAGE
 from expertier_vllm import refusals
-from expertier_vllm.loading import MappedFiles, Source, SourceReader, tensor_at
+from expertier_vllm.checkpoint import CheckpointFiles, Source, SourceReader, tensor_at
 
 if TYPE_CHECKING:
     from expertier_vllm.runtime import Runtime
@@ -138,7 +138,7 @@ class ExpertStage:
 
     def _note(
         self,
-        files: MappedFiles,
+        files: CheckpointFiles,
         param: torch.nn.Parameter,
         tensor: torch.Tensor,
         name: str,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -72,16 +73,15 @@ def refusals(moe: str, dense: str) -> dict[str, str]:
         "dummy weights": (moe, {"load_format": "dummy"}),
         "offload": (moe, {"cpu_offload_gb": 1}),
         "worker": (moe, {"worker_cls": "some.where.Worker"}),
+        "small budget": (moe, {"expertier": {"budget": 1000}}),
+        "large budget": (moe, {"expertier": {"budget": "500%"}}),
     }
 
     def start(model: str, arguments: dict[str, Any]) -> None:
         with engine(model, "50%", **arguments):
             pass
 
-    outcome = {name: error_of(lambda: start(model, arguments)) for name, (model, arguments) in tries.items()}
-    outcome["small budget"] = error_of(lambda: start(moe, {"expertier": {"budget": 1000}}))
-    outcome["large budget"] = error_of(lambda: start(moe, {"expertier": {"budget": "500%"}}))
-    return outcome
+    return {name: error_of(functools.partial(start, *arguments)) for name, arguments in tries.items()}
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -11,6 +13,8 @@ from vllm import __version__
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.custom_op import PluggableLayer, op_registry_oot
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.model_loader import default_loader
+from vllm.model_executor.model_loader.weight_utils import _natural_sort_key
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import direct_register_custom_op
 from vllm.v1.outputs import ModelRunnerOutput
@@ -90,7 +94,8 @@ class ExpertierWorker(CPUWorker):  # type: ignore[misc]
         self.expertier = Runtime(options, self._facts(), _step_kind)
         token = constructing.set(self.expertier)
         try:
-            super().load_model(**arguments)
+            with _own_iterator(self.expertier):
+                super().load_model(**arguments)
         finally:
             constructing.reset(token)
         self._check_all_managed()
@@ -164,6 +169,25 @@ class ExpertierWorker(CPUWorker):  # type: ignore[misc]
             return {"budget_bytes": self.expertier.resize(budget)}
         except ExpertierError as error:
             return {"error": {"type": type(error).__name__, "problem": error.problem, "remedy": error.remedy}}
+
+
+@contextlib.contextmanager
+def _own_iterator(runtime: Runtime) -> Iterator[None]:
+    """Have weights iterated over by us while a model loads.
+
+    Upstream: ``default_loader.safetensors_weights_iterator``, called with the files to load once they have been chosen.
+    safetensors' ``get_tensor`` has the system read ahead what nobody wants.
+    """
+    stock = default_loader.safetensors_weights_iterator
+
+    def iterator(hf_weights_files: list[str], *_: Any, **__: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        return runtime.files.tensors(sorted(hf_weights_files, key=_natural_sort_key))
+
+    default_loader.safetensors_weights_iterator = iterator
+    try:
+        yield
+    finally:
+        default_loader.safetensors_weights_iterator = stock
 
 
 def _failed_step(scheduler_output: Any, error: ExpertLoadError) -> ModelRunnerOutput:
