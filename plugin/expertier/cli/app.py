@@ -235,6 +235,66 @@ def profile(
 
 @app.command()
 @reported
+def simulate(
+    trace: Annotated[Path, typer.Argument(metavar="TRACE", help="What `expertier profile` recorded.")],
+    budget: Annotated[
+        list[str] | None,
+        typer.Option("--budget", help="Memory for experts: percent or an amount. Repeat it for several."),
+    ] = None,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option("--policy", help="Eviction policy, e.g. lfu, lfu:8 (half-life), lru. Repeat it for several."),
+    ] = None,
+    prefetch: Annotated[
+        list[str] | None,
+        typer.Option("--prefetch", help="Also load ahead of need with the first policy: perfect, perfect4, previous."),
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option("--model", help="Measure the storage of this model, which must be the trace's.")
+    ] = None,
+    bandwidth: Annotated[str | None, typer.Option("--bandwidth", help="Storage speed, e.g. 1.5GB/s.")] = None,
+    latency_us: Annotated[
+        float | None, typer.Option("--latency-us", min=0, help="Microseconds to a first byte.")
+    ] = None,
+    compute_ms: Annotated[
+        float | None, typer.Option("--compute-ms", min=0, help="Milliseconds of compute in a decode step.")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option("--tokens", min=2, help="Most tokens of the trace to use.")] = None,
+    partial: Annotated[
+        bool, typer.Option("--partial", help="Use what is intact of a trace that was not closed.")
+    ] = False,
+    jobs: Annotated[int | None, typer.Option("--jobs", min=1, help="Replays at a time. \\[default: all cores]")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Directory for record and figure. \\[default: in the cache directory]")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Replay a trace through policies and budgets, with Belady and the bounds beside them."""
+    from expertier.cli.simulate import SimulateRequest
+    from expertier.cli.simulate import simulate as command
+    from expertier.comparison.hardware import cores
+
+    command(
+        SimulateRequest(
+            trace=trace,
+            budgets=tuple(budget or ()),
+            policies=tuple(policy or ()),
+            predictors=tuple(prefetch or ()),
+            model=model,
+            bandwidth=bandwidth,
+            latency_us=latency_us,
+            compute_ms=compute_ms,
+            tokens=tokens,
+            partial=partial,
+            jobs=jobs or cores(),
+            out=out,
+            as_json=as_json,
+        )
+    )
+
+
+@app.command()
+@reported
 def report(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="What `expertier compare --out` wrote.")],
     as_json: AsJson = False,

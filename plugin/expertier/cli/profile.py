@@ -112,7 +112,8 @@ def profile(request: ProfileRequest) -> None:
         names = ", ".join(path.name for path in request.texts)
         raise UnsupportedOptionError(f"There is no text in {names}.", "Name files with some pages of text.")
     catalog = read_catalog(request.model)
-    out = request.out or _default_path(catalog)
+    given = Path(request.options.trace) if request.options.trace else None
+    out = request.out or given or _default_path(catalog)
     settings = replace(request.settings, n_ctx=request.settings.n_ctx or request.per_text)
     session = adapter.open(request.model, replace(request.options, trace=str(out)), settings)
     try:

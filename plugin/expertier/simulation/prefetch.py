@@ -1,0 +1,262 @@
+"""Replays a trace with loads ahead of the router, in simulated time, through the real offload manager."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from expertier.errors import UnsupportedOptionError
+from expertier.manager import ManagerConfig, OffloadManager
+from expertier.residency.base import IntArray
+from expertier.residency.pool import PlannedRead
+from expertier.routing.trace_format import PREFILL
+from expertier.simulation.disk import OneThread, SimulatedDisk
+from expertier.simulation.events import Events
+from expertier.simulation.timing import Timing
+
+Candidates = tuple[int, IntArray, "NDArray[np.float64] | None"]
+"""A later layer of this step, its likely experts, likeliest first, and the chance of each (``None``: certain)."""
+
+
+class Predictor(Protocol):
+    """Says what will be needed. It may look at everything up to the present event, and oracles beyond it."""
+
+    def begin_step(self, step: int) -> Iterable[Candidates]:
+        """Return candidates before the first layer of a step runs."""
+
+    def after_router(self, event: int) -> Iterable[Candidates]:
+        """Return candidates when the router of an event has chosen."""
+
+
+class PerfectAhead:
+    """An oracle: the next layers' experts exactly, at most `layers` ahead and within the step."""
+
+    def __init__(self, events: Events, layers: int = 1) -> None:
+        self._events = events
+        self._layers = layers
+
+    def begin_step(self, step: int) -> Iterable[Candidates]:
+        return ()
+
+    def after_router(self, event: int) -> Iterable[Candidates]:
+        events = self._events
+        stop = min(event + self._layers, int(events.step_starts[events.step[event] + 1]) - 1)
+        for later in range(event + 1, stop + 1):
+            place = int(events.layer[later])
+            yield events.header.layers[place].layer, events.working_set(later) - events.base[place], None
+
+
+class PreviousToken:
+    """A control: the next layer will use what it used in the step before."""
+
+    def __init__(self, events: Events) -> None:
+        self._events = events
+        self._last: dict[int, int] = {}  # place of a layer to its last event
+
+    def begin_step(self, step: int) -> Iterable[Candidates]:
+        return ()
+
+    def after_router(self, event: int) -> Iterable[Candidates]:
+        place = int(self._events.layer[event])
+        self._last[place] = event
+        last = self._last.get(place + 1)
+        if last is None:
+            return
+        experts = self._events.working_set(last) - self._events.base[place + 1]
+        yield self._events.header.layers[place + 1].layer, experts, np.full(len(experts), 0.5)
+
+
+PREDICTORS: dict[str, Callable[[Events], Predictor]] = {
+    "perfect": PerfectAhead,
+    "perfect4": lambda events: PerfectAhead(events, 4),
+    "previous": PreviousToken,
+}
+
+
+def make_predictor(name: str, events: Events) -> Predictor:
+    """Build the predictor called `name`.
+
+    Raises
+    ------
+    UnsupportedOptionError
+        There is none of that name.
+    """
+    if name not in PREDICTORS:
+        raise UnsupportedOptionError(f"There is no predictor {name!r}.", f"Choose from: {', '.join(PREDICTORS)}.")
+    return PREDICTORS[name](events)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimedReplay:
+    """What a replay in simulated time found, in decode steps.
+
+    Attributes
+    ----------
+    ready_hits, late, misses : int
+        Experts resident when needed, under way, and absent.
+    bytes_read : int
+        Bytes of all loads, given-up ones as far as they got.
+    prefetches, prefetches_used : int
+        Loads begun ahead of need, and those needed afterwards; prompts included.
+    seconds, stall_seconds : float
+        Decode steps altogether, and the part spent waiting.
+    steps, tokens : int
+        Decode steps and their tokens.
+    """
+
+    ready_hits: int
+    late: int
+    misses: int
+    bytes_read: int
+    prefetches: int
+    prefetches_used: int
+    seconds: float
+    stall_seconds: float
+    steps: int
+    tokens: int
+
+
+class SimulatedManager(OffloadManager):
+    """The offload manager with a simulated device below it. One thread, simulated time."""
+
+    def __init__(
+        self, events: Events, budget: int, timing: Timing, *, policy: str, half_life: float | None = None
+    ) -> None:
+        layers = events.header.layers
+        super().__init__(
+            experts={layer.layer: layer.experts for layer in layers},
+            top_k={layer.layer: layer.top_k for layer in layers},
+            pool=_PlanningPool(events),
+            budget=budget,
+            config=ManagerConfig(policy=policy, half_life=half_life, io_threads=1),
+        )
+        self._io.close()
+        self.disk = SimulatedDisk(self._on_done, bandwidth=timing.bandwidth, latency=timing.latency)
+        self._io = cast(Any, self.disk)
+        self._lock = cast(Any, OneThread(self.disk))
+
+
+class _PlanningPool:
+    """Expert memory that says what would have to be read."""
+
+    def __init__(self, events: Events) -> None:
+        layers = events.header.layers
+        self._layers = {layer.layer: layer for layer in layers}
+        self._bytes = {layer.layer: layer.load_bytes().tolist() for layer in layers}
+
+    def slot_bytes(self, layer: int) -> int:
+        return self._layers[layer].slot_bytes
+
+    def stages(self, layer: int) -> int:
+        return self._layers[layer].stages
+
+    def place(self, layer: int, expert: int, recycled: tuple[int, int] | None) -> Sequence[PlannedRead]:
+        stages = self._layers[layer].stages
+        total = self._bytes[layer][expert]
+        return [
+            PlannedRead(
+                stage=stage,
+                file=cast(Any, None),
+                offset=0,
+                view=memoryview(b""),
+                needed=total * (stage + 1) // stages - total * stage // stages,
+            )
+            for stage in range(stages)
+        ]
+
+    def drop(self, layer: int, expert: int) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def replay_timed(
+    events: Events,
+    policy: str,
+    budget: int,
+    timing: Timing,
+    *,
+    half_life: float | None = None,
+    predictor: Predictor | None = None,
+    ahead: int = 2,
+    seen: Callable[[int], None] | None = None,
+) -> TimedReplay:
+    """Replay a trace in simulated time.
+
+    Parameters
+    ----------
+    events, policy, budget, half_life, seen
+        As for :func:`expertier.simulation.replay.replay`.
+    timing : Timing
+        Speeds.
+    predictor : Predictor, optional
+        Names experts to load ahead.
+    ahead : int
+        Most loads under way ahead of need.
+
+    Raises
+    ------
+    BudgetError
+        Some working set does not fit.
+    """
+    events.check_budget(budget)
+    manager = SimulatedManager(events, budget, timing, policy=policy, half_life=half_life)
+    disk = manager.disk
+    layers = events.header.layers
+    places, starts = events.layer.tolist(), events.step_starts.tolist()
+    compute = timing.layer_compute(events)
+    head, tail = compute * (1 - timing.expert_share), compute * timing.expert_share
+    seconds = stall = 0.0
+    read = 0
+
+    def prefetch(candidates: Iterable[Candidates]) -> None:
+        for layer, experts, chances in candidates:
+            manager.prefetch(layer, experts, chances, limit=ahead)
+
+    for step, (tokens, phase) in enumerate(zip(events.tokens.tolist(), events.phase.tolist(), strict=True)):
+        begun, begun_read = disk.now, disk.bytes_read
+        waited = 0.0
+        manager.begin_step(tokens, "prefill" if phase == PREFILL else "decode")
+        if predictor is not None:
+            prefetch(predictor.begin_step(step))
+        for event in range(starts[step], starts[step + 1]):
+            layer = layers[places[event]]
+            routes = events.routes(event)
+            disk.advance(head)
+            manager.observe(layer.layer, routes)
+            if timing.load_cost:
+                own = routes if len(routes) == 1 else np.unique(routes)
+                disk.advance(timing.load_cost * int((~manager.resident(layer.layer)[own]).sum()))
+            with manager.acquire(layer.layer, routes, wait=False) as lease:
+                if predictor is not None:
+                    prefetch(predictor.after_router(event))
+                for stage in range(layer.stages):
+                    before = disk.now
+                    lease.wait(stage)
+                    waited += disk.now - before
+                    disk.advance(tail / layer.stages)
+        manager.end_step()
+        if phase != PREFILL:
+            seconds += disk.now - begun
+            stall += waited
+            read += disk.bytes_read - begun_read
+        if seen is not None and step % 256 == 0:
+            seen(step)
+    stats = manager.stats()
+    return TimedReplay(
+        ready_hits=stats.decode.ready_hits,
+        late=stats.decode.late,
+        misses=stats.decode.misses,
+        bytes_read=read,
+        prefetches=stats.prefetches,
+        prefetches_used=stats.prefetches_used,
+        seconds=seconds,
+        stall_seconds=stall,
+        steps=stats.decode.steps,
+        tokens=stats.decode.tokens,
+    )
