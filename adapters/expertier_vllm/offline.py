@@ -7,7 +7,9 @@ imports no vLLM.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +28,7 @@ def prepare_environment(threads: int) -> None:
         Compute threads.
     """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     # The scheduler in this process: what is added between two steps is in the next one, so that the same requests make
     # the same batches in every run. The worker stays a process of its own.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -72,19 +75,34 @@ def open_engine(
     from vllm import LLM
 
     given = {name: value for name, value in (options or {}).items() if value is not None}
-    return LLM(
-        model=str(model),
-        max_model_len=context,
-        max_num_batched_tokens=max(step_tokens, requests),
-        max_num_seqs=requests,
-        kv_cache_memory_bytes=cache_bytes,
-        enforce_eager=eager,
-        distributed_executor_backend="mp",
-        # A prompt that was seen before would cost nothing the second time.
-        enable_prefix_caching=False,
-        additional_config={} if options is None else {KEY: given},
-        seed=0,
-    )
+    with _stdout_is_stderr():
+        return LLM(
+            model=str(model),
+            max_model_len=context,
+            max_num_batched_tokens=max(step_tokens, requests),
+            max_num_seqs=requests,
+            kv_cache_memory_bytes=cache_bytes,
+            enforce_eager=eager,
+            distributed_executor_backend="mp",
+            # A prompt that was seen before would cost nothing the second time.
+            enable_prefix_caching=False,
+            additional_config={} if options is None else {KEY: given},
+            seed=0,
+        )
+
+
+@contextlib.contextmanager
+def _stdout_is_stderr() -> Iterator[None]:
+    """Let processes that are started meanwhile print to stderr: stdout is for what the user asked for."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 @dataclass
