@@ -19,7 +19,7 @@ from expertier.budget import format_bytes, parse_budget
 from expertier.catalog.pack import Pack, PackKey, find_or_build
 from expertier.catalog.safetensors import build_catalog, content_digest, read_layout
 from expertier.catalog.types import LayerExperts
-from expertier.errors import BudgetError, ExpertierError
+from expertier.errors import BudgetError, ExpertierError, ExpertLoadError, ModelFormatError, UnsupportedModelError
 from expertier.manager import Lease, ManagerConfig, OffloadManager, Phase
 from expertier.planning.memory import memory_left
 from expertier.residency.windows import WindowPool
@@ -52,6 +52,8 @@ class WorkerFacts:
         Of the worker, in the whole server.
     local_workers : int
         Workers on this machine, which share its memory.
+    in_step : bool
+        Whether other workers wait for this one in every layer.
     shard : str
         Names the worker's part of every layer, e.g. ``tp 0 of 2``.
     library : str
@@ -61,6 +63,7 @@ class WorkerFacts:
     checkpoint: Path
     rank: int
     local_workers: int
+    in_step: bool
     shard: str
     library: str
 
@@ -99,6 +102,8 @@ class Runtime:
         Exists once the last layer has been loaded.
     files : CheckpointFiles
         The checkpoint, while it loads.
+    failure : ExpertLoadError or None
+        With workers in step: why this one's part of the forward pass is worthless. Whoever runs passes resets it.
 
     Notes
     -----
@@ -118,6 +123,7 @@ class Runtime:
         self._layout = read_layout(facts.checkpoint)
         self._catalog = build_catalog(self._layout)
         self.files = CheckpointFiles(self._layout, self._catalog)
+        self.failure: ExpertLoadError | None = None
         self._looked = False
         self._pack: Pack | None = None
         self._asked: int | None = None
@@ -239,6 +245,11 @@ class Runtime:
             }
             stage.settle(addresses, resident)
 
+    @property
+    def automatic(self) -> bool:
+        """Whether the budget is to be what is left."""
+        return self._asked is None
+
     def finish_loading(
         self, gates: Mapping[int, NDArray[np.float32]], norms: Mapping[int, NDArray[np.float32]]
     ) -> None:
@@ -251,6 +262,12 @@ class Runtime:
         norms : mapping of int to ndarray of float32, shape (hidden,)
             Weights of the norm before the router, by layer.
         """
+        if not self._stages:
+            raise UnsupportedModelError(
+                "The layers of this worker have no routed experts.", "Use fewer pipeline stages."
+            )
+        if self._waiting:
+            raise ModelFormatError(f"vLLM loaded no weights for {min(self._waiting)}.", "Fetch the checkpoint again.")
         offload = self.options.offload
         lookahead = None
         if offload.lookahead != "off" and set(gates) == {stage.layer for stage in self._stages}:
@@ -364,8 +381,12 @@ class Runtime:
         Raises
         ------
         ExpertLoadError
-            An expert could not be read; the step has no output.
+            An expert could not be read; the step has no output. With other workers in step it is zeros that nobody may
+            use, and :attr:`failure` is set. Not NaN: it would stay in the KV cache, where attention multiplies what it
+            masks by zero.
         """
+        if self.failure is not None:
+            return torch.zeros_like(x)
         try:
             if stage.position == 0 or not self._step_open:
                 self._begin(len(ids))
@@ -373,6 +394,13 @@ class Runtime:
                 output = stage.module.compute_resident(x, weights, ids)
             else:
                 output = self._run_absent(stage, x, weights, ids)
+        except ExpertLoadError as error:
+            self._end()
+            if not self.facts.in_step:
+                raise
+            logger.error("%s", error)
+            self.failure = error
+            return torch.zeros_like(x)
         except BaseException:
             self._end()
             raise

@@ -195,13 +195,14 @@ def test_a_full_disk_is_told_and_nothing_is_left(tmp_path: Path) -> None:
     assert list((model / "side").iterdir()) == []
 
 
-def disk_that_fails(model: str) -> dict[str, Any]:
-    """Cut the sidecar off while serving, and mend it."""
+def disk_that_fails(model: str, workers: int) -> dict[str, Any]:
+    """Cut the sidecar of the last worker off while serving, and mend it."""
     from vllm import SamplingParams
 
-    with engine(model, "25%") as llm:
+    with engine(model, "25%", tensor_parallel_size=workers) as llm:
         good = answer(llm)
-        (sidecar,) = sidecars(Path(model))
+        mode = llm.collective_rpc("expertier_stats")[-1]["mode"]
+        (sidecar,) = [path for path in sidecars(Path(model)) if f"sidecar {path}," in mode]
         content = sidecar.read_bytes()
         os.truncate(sidecar, len(content) // 3)
         prompts = [{"prompt_token_ids": list(range(index, 60 + index))} for index in range(3)]
@@ -216,13 +217,22 @@ def disk_that_fails(model: str) -> dict[str, Any]:
 
 
 def test_a_disk_that_fails_ends_its_requests_and_the_engine_lives_on(tmp_path: Path) -> None:
-    outcome = run(disk_that_fails, str(write_hf(tmp_path, SPEC)))
+    outcome = run(disk_that_fails, str(write_hf(tmp_path, SPEC)), 1)
     for finished, reason, text in outcome["broken"]:
         assert finished
         assert reason == "error"
         assert "could not be loaded" in text
         assert "bytes short of an expert" in text
     assert len(outcome["broken"]) == 3
+    assert outcome["mended"] == outcome["good"]
+
+
+def test_a_disk_that_fails_for_one_of_two_workers_blocks_neither(tmp_path: Path) -> None:
+    """Workers wait for each other in every layer, so the one without its expert must not leave."""
+    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    outcome = run(disk_that_fails, str(write_hf(tmp_path, SPEC)), 2, environment=environment)
+    assert [reason for _, reason, _ in outcome["broken"]] == ["error"] * 3
+    assert all("another worker could not load an expert" in text for _, _, text in outcome["broken"])
     assert outcome["mended"] == outcome["good"]
 
 

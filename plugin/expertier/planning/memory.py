@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,10 +118,14 @@ class ProcessMemory:
         Private writable address space (``VmData``): what may become resident without further allocation.
     anonymous : int
         Resident anonymous memory (``RssAnon``).
+    resident, peak : int
+        Resident memory of all kinds (``VmRSS``), and the most it has been (``VmHWM``).
     """
 
     committed: int
     anonymous: int
+    resident: int
+    peak: int
 
     @property
     def untouched(self) -> int:
@@ -133,6 +138,14 @@ def process_memory() -> ProcessMemory:
     values = {}
     for line in Path("/proc/self/status").read_text().splitlines():
         key, _, rest = line.partition(":")
-        if key in ("VmData", "RssAnon"):
+        if key in ("VmData", "RssAnon", "VmRSS", "VmHWM"):
             values[key] = int(rest.split()[0]) * 1024
-    return ProcessMemory(committed=values["VmData"], anonymous=values["RssAnon"])
+    return ProcessMemory(
+        committed=values["VmData"], anonymous=values["RssAnon"], resident=values["VmRSS"], peak=values["VmHWM"]
+    )
+
+
+def reset_peak() -> None:
+    """Have the peak of this process's memory begin anew; where that is not allowed it stays as it is."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")

@@ -26,9 +26,6 @@ class ExpertierScheduler(Scheduler):  # type: ignore[misc]
         failed = set(scheduler_output.num_scheduled_tokens)
         logger.error("A step of %d requests failed: %s", len(failed), problem)
         # Blocks are offered to other requests when they are scheduled, before they are computed: these never were.
-        # With several steps in flight another request may have taken one up already.
-        if self.vllm_config.parallel_config.pipeline_parallel_size > 1:
-            failed.update(request.request_id for request in self.running)
         blocks = {
             block
             for request in failed & self.requests.keys()

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import torch
 from vllm import __version__
+from vllm.config import set_current_vllm_config
+from vllm.distributed import get_tp_group
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.custom_op import PluggableLayer, op_registry_oot
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
@@ -20,8 +23,8 @@ from vllm.utils.torch_utils import direct_register_custom_op
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from expertier.errors import ExpertierError, ExpertLoadError
-from expertier.planning.memory import process_memory
+from expertier.errors import ExpertierError, ExpertLoadError, UnsupportedOptionError
+from expertier.planning.memory import process_memory, reset_peak
 from expertier_vllm import refusals
 from expertier_vllm.board import Board, Reporter
 from expertier_vllm.compat.v032 import SCHEDULER
@@ -29,6 +32,8 @@ from expertier_vllm.compat.v032.scheduler import PROBLEM
 from expertier_vllm.experts import constructing, managed_class
 from expertier_vllm.options import VllmOptions
 from expertier_vllm.runtime import Runtime, StepKind, WorkerFacts
+
+logger = logging.getLogger("vllm.expertier")
 
 # ---- the expert layer
 
@@ -107,6 +112,7 @@ class ExpertierWorker(CPUWorker):  # type: ignore[misc]
         return WorkerFacts(
             checkpoint=_checkpoint(self.vllm_config.model_config),
             rank=self.rank,
+            in_step=size > 1 and parallel.pipeline_parallel_size == 1,
             local_workers=parallel.local_world_size,
             shard=f"tp {self.rank % size} of {size}",
             library=f"vllm {__version__}",
@@ -130,18 +136,58 @@ class ExpertierWorker(CPUWorker):  # type: ignore[misc]
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         before = process_memory().untouched
         super().initialize_from_config(kv_cache_config)
-        self.expertier.settle_budget(max(0, process_memory().untouched - before))
+        promised = max(0, process_memory().untouched - before)
+        if self.expertier.automatic:
+            promised += self._step_memory()
+        self.expertier.settle_budget(promised)
         self._reporter = Reporter(Board(self.vllm_config.instance_id), self.expertier.stats)
         self._reporter.start()
 
+    def _step_memory(self) -> int:
+        """Bytes that the longest possible step takes beyond what is resident now.
+
+        Upstream: ``GPUModelRunner.profile_run``, a step of ``max_num_batched_tokens`` and one of sampling, whose output
+        is thrown away. The CPU worker runs it only where it compiles.
+        """
+        reset_peak()
+        held = self.expertier.manager.stats().resident_bytes
+        with set_current_vllm_config(self.vllm_config), torch.inference_mode():
+            self.model_runner.profile_run()
+        memory = process_memory()
+        grown = self.expertier.manager.stats().resident_bytes - held
+        return max(0, memory.peak - memory.resident - max(0, grown))
+
+    # ---- steps that fail
+
     def execute_model(self, scheduler_output: Any) -> Any:
-        """Turn an expert that cannot be loaded into a failed step; the scheduler ends its requests."""
+        """Turn an expert that cannot be loaded into a failed step; the scheduler ends its requests.
+
+        Workers of a tensor parallel group wait for each other in every layer. The one that lacks an expert goes on with
+        zeros (``Runtime.run``), and after the step all of them learn that it is worthless. Stages of a pipeline are
+        not in step with each other: there a worker that fails ends, and the server with it, as in stock.
+        """
+        workers = self.vllm_config.parallel_config.world_size
+        self.expertier.failure = None
         try:
-            return super().execute_model(scheduler_output)
+            output = super().execute_model(scheduler_output)
+            if workers == 1 or not self._any_failed():
+                return output
+            problem = str(self.expertier.failure or "another worker could not load an expert; its log tells which.")
+            self.model_runner.execute_model_state = None  # what sample_tokens would go on with
         except ExpertLoadError as error:
-            if self.vllm_config.scheduler_config.scheduler_cls != SCHEDULER:
-                raise  # another scheduler would take the step for a good one
-            return _failed_step(scheduler_output, error)
+            if workers > 1:
+                logger.critical("%s", error)
+                raise SystemExit(1) from error
+            problem = str(error)
+        if self.vllm_config.scheduler_config.scheduler_cls != SCHEDULER:
+            raise ExpertLoadError(problem)  # another scheduler would take the step for a good one
+        return _failed_step(scheduler_output, problem)
+
+    def _any_failed(self) -> bool:
+        failed = torch.tensor([self.expertier.failure is not None], dtype=torch.int32)
+        if self.vllm_config.parallel_config.tensor_parallel_size > 1:
+            torch.distributed.all_reduce(failed, torch.distributed.ReduceOp.MAX, group=get_tp_group().cpu_group)
+        return bool(failed)
 
     def shutdown(self) -> None:
         super().shutdown()
@@ -171,6 +217,29 @@ class ExpertierWorker(CPUWorker):  # type: ignore[misc]
             return {"error": {"type": type(error).__name__, "problem": error.problem, "remedy": error.remedy}}
 
 
+def _refused(name: str) -> Callable[..., None]:
+    def refuse(self: ExpertierWorker, *_: Any, **__: Any) -> None:
+        raise UnsupportedOptionError(
+            f"{name} is not possible: the experts' weights are not in the model but in Expertier's sidecar.",
+            "Start a server without Expertier for it.",
+        )
+
+    return refuse
+
+
+for _name in (
+    "compute_weight_checksums",
+    "reload_weights",
+    "reset_weights",
+    "save_sharded_state",
+    "save_tensorized_model",
+    "start_draft_weight_update",
+    "start_weight_update",
+    "update_weights",
+):
+    setattr(ExpertierWorker, _name, _refused(_name))
+
+
 @contextlib.contextmanager
 def _own_iterator(runtime: Runtime) -> Iterator[None]:
     """Have weights iterated over by us while a model loads.
@@ -190,14 +259,14 @@ def _own_iterator(runtime: Runtime) -> Iterator[None]:
         default_loader.safetensors_weights_iterator = stock
 
 
-def _failed_step(scheduler_output: Any, error: ExpertLoadError) -> ModelRunnerOutput:
+def _failed_step(scheduler_output: Any, problem: str) -> ModelRunnerOutput:
     requests = list(scheduler_output.num_scheduled_tokens)
     output = ModelRunnerOutput(
         req_ids=requests,
         req_id_to_index={request: index for index, request in enumerate(requests)},
         sampled_token_ids=[[] for _ in requests],
     )
-    setattr(output, PROBLEM, str(error))
+    setattr(output, PROBLEM, problem)
     return output
 
 
