@@ -296,10 +296,23 @@ def simulate(
 @app.command()
 @reported
 def report(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="What `expertier compare --out` wrote.")],
+    path: Annotated[
+        Path, typer.Argument(metavar="PATH", help="What `compare --out` wrote (a directory), or a trace of routes.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Of a trace: directory for page and pictures. \\[default: beside it]")
+    ] = None,
+    partial: Annotated[
+        bool, typer.Option("--partial", help="Of a trace: use what is intact if it was not closed.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Draw the table and the figure of a comparison again from its record."""
-    from expertier.cli.compare import report as command
+    """Draw a comparison again from its record, or a trace: use of experts, reuse, hit ratios, loads against compute."""
+    if path.is_dir() or not path.exists():
+        from expertier.cli.compare import report as command
 
-    command(directory, as_json=as_json)
+        command(path, as_json=as_json)
+    else:
+        from expertier.cli.report_trace import report_trace
+
+        report_trace(path, out, partial=partial, as_json=as_json)

@@ -126,7 +126,7 @@ def profile(request: ProfileRequest) -> None:
         try:
             _read_all(session, request, texts, measured)
         finally:
-            session.note({**measured.costs(), "expert_share": _expert_share(catalog)})
+            session.note({**measured.costs(), "expert_share": expert_share(catalog)})
         disk = measure_disk(
             catalog.files,
             read_bytes=catalog.largest_expert_bytes,
@@ -190,7 +190,7 @@ def _default_path(catalog: Catalog) -> Path:
     return folder / f"{catalog.path.stem}-{catalog.fingerprint[:12]}.trace"
 
 
-def _expert_share(catalog: Catalog) -> float:
+def expert_share(catalog: Catalog) -> float:
     """Part of the weights a token touches that are experts: decoding is bound by memory."""
     experts = sum(layer.top_k * layer.expert_bytes for layer in catalog.layers)
     return experts / (experts + catalog.other_bytes)

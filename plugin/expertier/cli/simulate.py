@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +70,7 @@ def simulate(request: SimulateRequest) -> None:
         raise UnsupportedOptionError(
             "Loads ahead of need are a matter of time, and speeds are unknown.", f"Give {_SPEEDS}."
         )
-    out = _prepare(request.out)
+    out = prepare_folder(request.out)
     with _progress(len(arms)) as progress:
         results = sweep(
             request.trace,
@@ -138,15 +138,26 @@ def _timing(request: SimulateRequest, trace: Trace) -> tuple[Timing | None, str]
     if not bandwidth or not compute:
         return None, f"speeds unknown; give {_SPEEDS}"
     latency = USUAL_LATENCY if request.latency_us is None else request.latency_us / 1e6
+    return _with_notes(notes, bandwidth, compute, latency), ", ".join(sources)
+
+
+def recorded_timing(notes: Mapping[str, Any], *, latency: float) -> Timing | None:
+    """Speeds that the recorder left in a trace, if it left all."""
+    disk = notes.get("disk")
+    bandwidth = _number(disk.get("random")) if isinstance(disk, dict) else None
+    compute = _number(notes.get("compute_seconds_per_step"))
+    return _with_notes(notes, bandwidth, compute, latency) if bandwidth and compute else None
+
+
+def _with_notes(notes: Mapping[str, Any], bandwidth: float, compute: float, latency: float) -> Timing:
     share = _number(notes.get("expert_share"))
-    timing = Timing(
+    return Timing(
         bandwidth=bandwidth,
         compute=compute,
         latency=latency,
         load_cost=_number(notes.get("load_cost_seconds")) or 0.0,
         expert_share=share if share is not None and share <= 1 else 0.8,
     )
-    return timing, ", ".join(sources)
 
 
 def _number(value: Any) -> float | None:
@@ -156,7 +167,14 @@ def _number(value: Any) -> float | None:
     return float(value)
 
 
-def _prepare(out: Path | None) -> Path:
+def prepare_folder(out: Path | None) -> Path:
+    """Make the folder for results; by default a new one in the cache directory.
+
+    Raises
+    ------
+    ExpertierError
+        It cannot be written to.
+    """
     if out is None:
         out = cache_dir() / "simulations" / datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     try:

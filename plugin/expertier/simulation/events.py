@@ -104,6 +104,11 @@ class Events:
         counts = [layer.experts for layer in self.header.layers]
         return np.repeat(np.arange(len(counts)), counts)
 
+    @cached_property
+    def least_budget(self) -> int:
+        """Bytes of the largest working set."""
+        return int(np.add.reduceat(self.slot_bytes[self.set_experts], self.set_starts[:-1]).max())
+
     def check_budget(self, budget: int) -> None:
         """Refuse a budget that some event's working set does not fit.
 
@@ -112,7 +117,7 @@ class Events:
         BudgetError
             With the least budget that is possible.
         """
-        least = int(np.add.reduceat(self.slot_bytes[self.set_experts], self.set_starts[:-1]).max())
+        least = self.least_budget
         if budget < least:
             raise BudgetError(
                 f"A budget of {format_bytes(budget)} cannot hold the largest working set of this trace "
