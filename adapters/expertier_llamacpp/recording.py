@@ -113,7 +113,7 @@ class GateWeights:
         Returns
         -------
         ndarray of float16, shape (tokens, top_k), or None
-            ``None`` for models that choose by logits.
+            ``None`` for models that choose by logits (gpt-oss) or by groups of experts (DeepSeek).
         """
         for _ in range(_DEPTH):
             tensor = ggml.Tensor.from_address(node)

@@ -3,8 +3,8 @@
     python examples/benchmarks/routing/check_simulator.py MODEL.gguf --text prompts.json --budget 25% --budget 50%
 
 Reads the texts token by token with llama.cpp under each budget while routes are recorded, replays what was recorded,
-and compares. Both are told not to load ahead: when a prefetch arrives depends on the moment. Compute is measured first,
-with everything resident; the storage is measured before and after every run, because that of a shared machine changes.
+and compares. Both are told not to load ahead: when a prefetch arrives depends on the moment. The speeds the simulator
+is given come from a run at yet another budget right before, because those of a shared machine change.
 """
 
 from __future__ import annotations
@@ -22,14 +22,16 @@ from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+from expertier.catalog import read_catalog
 from expertier.cli.profile import Measured, expert_share
 from expertier.comparison.hardware import cores
 from expertier.comparison.prompts import read_texts
-from expertier.planning.calibrate import measure_disk
 from expertier.routing import Trace
 from expertier.simulation import Timing, load_events, replay
 from expertier.simulation.timing import step_times
 from expertier_llamacpp import Llama
+
+CALIBRATION = "37.5%"
 
 
 def run(model: Path, texts: list[str], budget: str, tokens: int, trace: Path) -> tuple[dict[str, Any], Measured]:
@@ -70,70 +72,70 @@ def run(model: Path, texts: list[str], budget: str, tokens: int, trace: Path) ->
         llama.close()
 
 
+def calibrate(model: Path, texts: list[str], tokens: int, trace: Path) -> Timing:
+    """Fit speeds to a run at another budget: the engine's own reads, on the machine as it is now."""
+    stats, measured = run(model, texts, CALIBRATION, tokens, trace)
+    events = load_events(Trace(trace))
+    found = replay(events, "lfu", stats["budget_bytes"])
+    costs = measured.costs()
+    timing = Timing(
+        bandwidth=1.0,
+        compute=costs["compute_seconds_per_step"],
+        latency=1e-4,
+        load_cost=costs["load_cost_seconds"],
+        expert_share=expert_share(read_catalog(model)),
+    )
+    target = sum(measured.seconds) / len(measured.seconds)
+    slow, quick = 1e6, 1e12
+    while quick / slow > 1.0001:
+        middle = (slow * quick) ** 0.5
+        if step_times(events, found, replace(timing, bandwidth=middle)).demand > target:
+            slow = middle
+        else:
+            quick = middle
+    return replace(timing, bandwidth=slow)
+
+
 def main() -> None:
     """Compare and print a JSON record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--budget", action="append", required=True)
-    parser.add_argument("--tokens", type=int, default=600)
-    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--tokens", type=int, default=300)
+    parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     texts = [text.text[:4096] for text in read_texts(options.text)][::7]
-    results = []
+    rows = []
     with tempfile.TemporaryDirectory() as directory:
-        _, resident = run(options.model, texts, "100%", options.tokens, Path(directory) / "resident")
-        settled = len(resident.seconds) // 2
-        own = [a - b for a, b in zip(resident.seconds, resident.stall, strict=True)][settled:]
-        compute = statistics.median(own)
         for repeat in range(options.repeats):
+            timing = calibrate(options.model, texts, options.tokens, Path(directory) / f"calibration-{repeat}")
             for budget in options.budget:
                 path = Path(directory) / f"{budget}-{repeat}"
-                disks = [_disk(options.model)]
                 stats, measured = run(options.model, texts, budget, options.tokens, path)
-                disks.append(_disk(options.model))
-                trace = Trace(path)
-                events = load_events(trace)
+                events = load_events(Trace(path))
                 found = replay(events, "lfu", stats["budget_bytes"])
-                timing = Timing(
-                    bandwidth=sum(disks) / 2,
-                    compute=compute,
-                    latency=1e-4,
-                    load_cost=measured.costs()["load_cost_seconds"],
-                    expert_share=expert_share_of(options.model),
-                )
-                simulated = step_times(events, found, timing).demand
                 real = sum(measured.seconds) / len(measured.seconds)
-                results.append(
-                    {
-                        "budget": budget,
-                        "hits": [stats["decode"]["ready_hits"] + stats["decode"]["late"], found.hits],
-                        "misses": [stats["decode"]["misses"], found.requests - found.hits],
-                        "bytes": [stats["bytes_read"], int(found.bytes_read.sum())],
-                        "ms_per_token": [1e3 * real, 1e3 * simulated],
-                        "ratio": simulated / real,
-                        "storage": disks,
-                        "stall_ms": 1e3 * sum(measured.stall) / len(measured.stall),
-                        "timing": asdict(timing),
-                    }
-                )
-                print(json.dumps(results[-1]), file=sys.stderr, flush=True)
-    print(json.dumps(results, indent=1))
-    assert all(row["misses"][0] == row["misses"][1] and row["bytes"][0] == row["bytes"][1] for row in results)
-
-
-def expert_share_of(model: Path) -> float:
-    """Part of a token's weights that are experts."""
-    from expertier.catalog import read_catalog
-
-    return expert_share(read_catalog(model))
-
-
-def _disk(model: Path) -> float:
-    from expertier.catalog import read_catalog
-
-    catalog = read_catalog(model)
-    return measure_disk(catalog.files, read_bytes=catalog.largest_expert_bytes, most_seconds=1.0).random
+                simulated = step_times(events, found, timing).demand
+                row = {
+                    "budget": budget,
+                    "hits": [stats["decode"]["ready_hits"] + stats["decode"]["late"], found.hits],
+                    "misses": [stats["decode"]["misses"], found.requests - found.hits],
+                    "bytes": [stats["bytes_read"], int(found.bytes_read.sum())],
+                    "ms_per_token": [1e3 * real, 1e3 * simulated],
+                    "ratio": simulated / real,
+                    "timing": asdict(timing),
+                }
+                rows.append(row)
+                print(json.dumps(row), file=sys.stderr, flush=True)
+    summary = {
+        budget: {
+            "equal": all(row[key][0] == row[key][1] for row in rows for key in ("hits", "misses", "bytes")),
+            "time_ratio": statistics.median(row["ratio"] for row in rows if row["budget"] == budget),
+        }
+        for budget in options.budget
+    }
+    print(json.dumps({"runs": rows, "summary": summary}, indent=1))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from expertier.simulation.timing import StepTimes, Timing, step_times
 SCHEMA = "expertier-simulation/1"
 BELADY = "belady"
 _POLL_SECONDS = 0.2
+_SMALL_BYTES = 1 << 16  # replaying a trace of this size is done before another process has started
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,7 +239,7 @@ def sweep(
     progress : callable, optional
         Told how many arms are done, in fractions.
     """
-    if jobs <= 1 or len(arms) == 1:
+    if jobs <= 1 or len(arms) == 1 or path.stat().st_size < _SMALL_BYTES:
         events = load_events(Trace(path, partial=partial), most_tokens=most_tokens)
         steps = len(events.phase)
         results = []
