@@ -74,7 +74,7 @@ class Source:
     def span(self) -> int:
         """Bytes from the first element to the end of the last."""
         last = sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
-        return (last + 1) * self.dtype.itemsize
+        return (last + 1) * int(self.dtype.itemsize)
 
 
 class CheckpointFiles:

@@ -39,20 +39,20 @@ def token_groups(
     needs = np.zeros((len(routes), len(resident)), bool)
     needs[np.arange(len(routes))[:, None], routes] = True
     left = np.ones(len(routes), bool)
-    inside = resident
+    inside = resident.copy()
     while left.any():
         group = left & ~(needs & ~inside).any(axis=1)
-        inside = needs[group].any(axis=0)
+        inside = np.asarray(needs[group].any(axis=0))
         if int(inside.sum()) > capacity:
             group[:] = False
-            inside = np.zeros_like(resident)
+            inside[:] = False
         left &= ~group
         lacks = np.where(left, (needs & ~inside).sum(axis=1), _SERVED)
         room = capacity - int(inside.sum())
         # Greedily: the token that adds the fewest experts, and with it all that need no others.
         while lacks[token := int(lacks.argmin())] <= room:
             added = needs[token] & ~inside
-            inside = inside | added
+            inside[added] = True
             room -= int(added.sum())
             lacks -= needs[:, added].sum(axis=1)
             served = lacks <= 0

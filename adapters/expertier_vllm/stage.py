@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ class Row:
     @property
     def nbytes(self) -> int:
         """Bytes of one expert's row."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
+        return math.prod(self.shape) * int(self.dtype.itemsize)
 
 
 class ExpertStage:
@@ -231,7 +232,7 @@ class ExpertStage:
         try:
             for row in self.rows:
                 if not row.window and small[row.param]:
-                    yield from map(memoryview, small[row.param])
+                    yield from (memoryview(data) for data in small[row.param])
                     continue
                 for expert in range(self.experts):
                     self._fill(expert, _family(row.param), reader)

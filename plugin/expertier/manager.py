@@ -446,7 +446,8 @@ class OffloadManager:
         if self._sweeping:
             # A step of many tokens touches most experts of every layer: those of layers still to come would be read
             # again within this very step, so layers already finished give first.
-            return candidates[np.lexsort((scores, ~self._finished_in_step[self._layer_index[candidates]]))]
+            order: IntArray = np.lexsort((scores, ~self._finished_in_step[self._layer_index[candidates]]))
+            return candidates[order]
         return candidates[np.argsort(scores, kind="stable")]
 
     def _victims(self, layer: int, priority: int) -> list[tuple[int, float]]:
