@@ -100,7 +100,7 @@ class GateWeights:
         self._probability_ops = {ggml.op_number("SOFT_MAX"), ggml.op_number("UNARY")}
         self._mul_mat = ggml.op_number("MUL_MAT")
 
-    def of(self, node: int, routes: NDArray[np.int64]) -> NDArray[np.float16] | None:
+    def of(self, node: int, routes: NDArray[np.int64]) -> NDArray[np.float32] | None:
         """Return the router's probabilities of the chosen experts, before any renormalisation.
 
         Parameters
@@ -112,7 +112,7 @@ class GateWeights:
 
         Returns
         -------
-        ndarray of float16, shape (tokens, top_k), or None
+        ndarray of float32, shape (tokens, top_k), or None
             ``None`` for models that choose by logits (gpt-oss) or by groups of experts (DeepSeek).
         """
         for _ in range(_DEPTH):
@@ -123,8 +123,8 @@ class GateWeights:
                     return None
                 # The graph still needs them for the weights, so their memory was not given to another node yet.
                 table = np.frombuffer((ctypes.c_float * (experts * tokens)).from_address(tensor.data), np.float32)
-                offsets = np.arange(tokens)[:, None] * experts
-                weights: NDArray[np.float16] = table[routes + offsets].astype(np.float16)
+                places = routes if tokens == 1 else routes + np.arange(tokens)[:, None] * experts
+                weights: NDArray[np.float32] = table[places]  # a copy: the graph goes on
                 return weights
             parent = tensor.view_src or tensor.src[0]
             if tensor.op == self._mul_mat or not parent:

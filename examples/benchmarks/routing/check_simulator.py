@@ -2,9 +2,10 @@
 
     python examples/benchmarks/routing/check_simulator.py MODEL.gguf --text prompts.json --budget 25% --budget 50%
 
-Reads the texts token by token with llama.cpp under each budget while routes are recorded, replays what was recorded,
-and compares. Both are told not to load ahead: when a prefetch arrives depends on the moment. The speeds the simulator
-is given come from a run at yet another budget right before, because those of a shared machine change.
+The model is loaded once per budget, and all of them read the same texts token by token, in turns: a machine that is
+busy with something else slows all of them alike. Routes are recorded, replayed and compared. Nothing is loaded ahead
+of need: when a prefetch arrives depends on the moment. The simulator is given the speeds of one more budget in the same
+turns, and predicts the others.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import argparse
 import json
 import os
 import statistics
-import sys
 import tempfile
 import time
 from dataclasses import asdict, replace
@@ -27,65 +27,61 @@ from expertier.cli.profile import Measured, expert_share
 from expertier.comparison.hardware import cores
 from expertier.comparison.prompts import read_texts
 from expertier.routing import Trace
-from expertier.simulation import Timing, load_events, replay
+from expertier.simulation import Events, Replay, Timing, load_events, replay
 from expertier.simulation.timing import step_times
 from expertier_llamacpp import Llama
 
 CALIBRATION = "37.5%"
 
 
-def run(model: Path, texts: list[str], budget: str, tokens: int, trace: Path) -> tuple[dict[str, Any], Measured]:
-    """Decode under a budget; return the manager's counters and what every step took."""
-    llama = Llama(
-        str(model),
-        n_ctx=512,
-        n_threads=cores(),
-        n_threads_batch=cores(),
-        verbose=False,
-        expert_budget=budget,
-        expert_lookahead="off",
-        expert_trace=str(trace),
-    )
-    measured = Measured()
-    try:
-        if budget != "100%":
-            llama.offload.config = replace(
-                llama.offload.config, fill=False
-            )  # loads into free room depend on the moment
-        read = 0
-        for text in texts:
-            ids = llama.tokenize(text.encode(), add_bos=False)[:256]
-            llama.reset()
-            for token in ids[: tokens - read]:
-                before = llama.offload.stats().decode
-                started = time.perf_counter()
-                llama.eval([token])
-                measured.seconds.append(time.perf_counter() - started)
-                after = llama.offload.stats().decode
-                measured.stall.append(after.stall_seconds - before.stall_seconds)
-                measured.loads.append(after.misses - before.misses)
-            read += len(ids)
-            if read >= tokens:
-                break
-        return llama.offload.stats().as_dict(), measured
-    finally:
-        llama.close()
+class Run:
+    """The model under one budget."""
+
+    def __init__(self, model: Path, budget: str, trace: Path) -> None:
+        self.trace = trace
+        self.measured = Measured()
+        self.llama = Llama(
+            str(model),
+            n_ctx=512,
+            n_threads=cores(),
+            n_threads_batch=cores(),
+            verbose=False,
+            expert_budget=budget,
+            expert_lookahead="off",
+            expert_trace=str(trace),
+        )
+        # What is loaded into free room in the background depends on the moment, too.
+        self.llama.offload.config = replace(self.llama.offload.config, fill=False)
+
+    def step(self, token: int) -> None:
+        """Decode one token."""
+        before = self.llama.offload.stats().decode
+        started = time.perf_counter()
+        self.llama.eval([token])
+        self.measured.seconds.append(time.perf_counter() - started)
+        after = self.llama.offload.stats().decode
+        self.measured.stall.append(after.stall_seconds - before.stall_seconds)
+        self.measured.loads.append(after.misses - before.misses)
+
+    def finish(self) -> tuple[dict[str, Any], Events, Replay, float]:
+        """Return the manager's counters, the trace, its replay and the seconds of a step."""
+        stats = self.llama.offload.stats().as_dict()
+        self.llama.close()
+        events = load_events(Trace(self.trace))
+        seconds = sum(self.measured.seconds) / len(self.measured.seconds)
+        return stats, events, replay(events, "lfu", stats["budget_bytes"]), seconds
 
 
-def calibrate(model: Path, texts: list[str], tokens: int, trace: Path) -> Timing:
-    """Fit speeds to a run at another budget: the engine's own reads, on the machine as it is now."""
-    stats, measured = run(model, texts, CALIBRATION, tokens, trace)
-    events = load_events(Trace(trace))
-    found = replay(events, "lfu", stats["budget_bytes"])
+def fit(events: Events, found: Replay, measured: Measured, share: float, target: float) -> Timing:
+    """Find the speeds with which the simulator takes as long as a run did."""
     costs = measured.costs()
     timing = Timing(
         bandwidth=1.0,
         compute=costs["compute_seconds_per_step"],
         latency=1e-4,
         load_cost=costs["load_cost_seconds"],
-        expert_share=expert_share(read_catalog(model)),
+        expert_share=share,
     )
-    target = sum(measured.seconds) / len(measured.seconds)
     slow, quick = 1e6, 1e12
     while quick / slow > 1.0001:
         middle = (slow * quick) ** 0.5
@@ -94,6 +90,42 @@ def calibrate(model: Path, texts: list[str], tokens: int, trace: Path) -> Timing
         else:
             quick = middle
     return replace(timing, bandwidth=slow)
+
+
+def compare(model: Path, texts: list[str], budgets: list[str], tokens: int, directory: Path) -> list[dict[str, Any]]:
+    """Run all budgets in turns and simulate them."""
+    runs = {budget: Run(model, budget, directory / budget) for budget in (CALIBRATION, *budgets)}
+    left = tokens
+    for text in texts:
+        ids = runs[CALIBRATION].llama.tokenize(text.encode(), add_bos=False)[: min(256, left)]
+        for run in runs.values():
+            run.llama.reset()
+        for token in ids:
+            for run in runs.values():
+                run.step(token)
+        left -= len(ids)
+        if not left:
+            break
+    share = expert_share(read_catalog(model))
+    calibration = runs.pop(CALIBRATION)
+    _, events, found, seconds = calibration.finish()
+    timing = fit(events, found, calibration.measured, share, seconds)
+    rows = []
+    for budget, run in runs.items():
+        stats, events, found, seconds = run.finish()
+        simulated = step_times(events, found, timing).demand
+        rows.append(
+            {
+                "budget": budget,
+                "hits": [stats["decode"]["ready_hits"] + stats["decode"]["late"], found.hits],
+                "misses": [stats["decode"]["misses"], found.requests - found.hits],
+                "bytes": [stats["bytes_read"], int(found.bytes_read.sum())],
+                "ms_per_token": [1e3 * seconds, 1e3 * simulated],
+                "ratio": simulated / seconds,
+                "timing": asdict(timing),
+            }
+        )
+    return rows
 
 
 def main() -> None:
@@ -107,30 +139,17 @@ def main() -> None:
     options = parser.parse_args()
     texts = [text.text[:4096] for text in read_texts(options.text)][::7]
     rows = []
-    with tempfile.TemporaryDirectory() as directory:
-        for repeat in range(options.repeats):
-            timing = calibrate(options.model, texts, options.tokens, Path(directory) / f"calibration-{repeat}")
-            for budget in options.budget:
-                path = Path(directory) / f"{budget}-{repeat}"
-                stats, measured = run(options.model, texts, budget, options.tokens, path)
-                events = load_events(Trace(path))
-                found = replay(events, "lfu", stats["budget_bytes"])
-                real = sum(measured.seconds) / len(measured.seconds)
-                simulated = step_times(events, found, timing).demand
-                row = {
-                    "budget": budget,
-                    "hits": [stats["decode"]["ready_hits"] + stats["decode"]["late"], found.hits],
-                    "misses": [stats["decode"]["misses"], found.requests - found.hits],
-                    "bytes": [stats["bytes_read"], int(found.bytes_read.sum())],
-                    "ms_per_token": [1e3 * real, 1e3 * simulated],
-                    "ratio": simulated / real,
-                    "timing": asdict(timing),
-                }
-                rows.append(row)
-                print(json.dumps(row), file=sys.stderr, flush=True)
+    for _ in range(options.repeats):
+        with tempfile.TemporaryDirectory() as directory:
+            rows += compare(options.model, texts, options.budget, options.tokens, Path(directory))
     summary = {
         budget: {
-            "equal": all(row[key][0] == row[key][1] for row in rows for key in ("hits", "misses", "bytes")),
+            "equal": all(
+                row[key][0] == row[key][1]
+                for row in rows
+                for key in ("hits", "misses", "bytes")
+                if row["budget"] == budget
+            ),
             "time_ratio": statistics.median(row["ratio"] for row in rows if row["budget"] == budget),
         }
         for budget in options.budget

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 INK, FAINT, GRID, BOUND = "#22313f", "#8795a1", "#e4e9ed", "#d1495b"
-COLOURS = ("#0f8b8d", "#edae49", "#5d6d7e", "#8e6fb5", "#3fb6a8", "#c96f53")
+COLOURS = ("#0f8b8d", "#edae49", "#5d6d7e", "#8e6fb5", "#c96f53", "#7a9e3f")
 
 
 def style() -> Any:  # matplotlib types the keys one by one

@@ -77,7 +77,7 @@ def draw_reuse(distances: IntArray, total: int, path: Path) -> None:
     with matplotlib.rc_context(style()):
         figure, axes = _new(7.5, 4.2)
         axes.plot(100 * np.arange(1, total + 1) / total, share, color=COLOURS[0], linewidth=2)
-        axes.plot([0, 100], [0, 100], color=FAINT, linestyle=":", linewidth=1.4, label="no repetition at all")
+        axes.plot([0, 100], [0, 100], color=FAINT, linestyle=":", linewidth=1.4, label="experts kept at random")
         axes.set_xlabel("distinct experts used in between, % of all")
         axes.set_xlim(0, 100)
         axes.set_ylim(0, 101)
@@ -149,7 +149,7 @@ def draw_time_line(turns: Sequence[Turn], title: str, path: Path) -> None:
         axes.invert_yaxis()
         axes.set_xlabel("milliseconds")
         name_axes(
-            axes, "Loads against compute", f"{title}; yellow: waiting for so many loads, green: computing a layer"
+            axes, "Loads against compute", f"{title}; amber: waiting for so many loads, green: computing a layer"
         )
         _save(figure, path)
 
