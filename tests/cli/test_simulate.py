@@ -157,6 +157,16 @@ def test_a_report_of_a_trace_is_one_page_that_needs_nothing_else(
     assert hits["belady", "25%"] > hits["lru", "25%"]
 
 
+def test_a_part_of_a_trace_is_simulated_with_the_speeds_at_its_end(
+    invoke_json: Callable[..., Any], tmp_path: Path, trace: Path
+) -> None:
+    with TraceRecorder(trace, header(3, 16, 2)) as recorder:
+        recorder.note({"compute_seconds_per_step": 0.01, "disk": {"random": 1e9}})
+    result = invoke_json("simulate", trace, "--budget", "50%", "--tokens", "50", "--out", tmp_path / "out")
+    assert result["simulation"]["tokens"] == 50
+    assert result["simulation"]["timing"]["bandwidth"] == 1e9
+
+
 def test_a_trace_whose_notes_are_nonsense_is_simulated_without_speeds(
     invoke_json: Callable[..., Any], tmp_path: Path, trace: Path
 ) -> None:

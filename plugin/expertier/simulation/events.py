@@ -149,7 +149,10 @@ def load_events(trace: Trace, *, most_tokens: int | None = None, seen: Callable[
     }
     top_k = np.array([layer.top_k for layer in header.layers])
     steps = tokens = 0
+    full = False
     for block in trace.blocks():
+        if full:
+            continue  # the notes come last
         keep = len(block.phase)
         if most_tokens is not None:
             keep = int(np.searchsorted(tokens + np.cumsum(block.step_tokens, dtype=np.int64), most_tokens, "right"))
@@ -167,8 +170,7 @@ def load_events(trace: Trace, *, most_tokens: int | None = None, seen: Callable[
         tokens += int(block.step_tokens[:keep].sum())
         if seen is not None:
             seen(int(block.step_tokens.sum()))
-        if keep < len(block.phase):
-            break
+        full = keep < len(block.phase)
     if tokens < 2:
         held = "a single token" if tokens else "no token"
         raise TraceTooShortError(f"{trace.path} holds {held}, at least two are needed.", "Record more text.")

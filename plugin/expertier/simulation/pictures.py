@@ -148,9 +148,7 @@ def draw_time_line(turns: Sequence[Turn], title: str, path: Path) -> None:
         axes.set_yticks(tokens, [f"token {token + 1}" for token in tokens])
         axes.invert_yaxis()
         axes.set_xlabel("milliseconds")
-        name_axes(
-            axes, "Loads against compute", f"{title}; amber: waiting for so many loads, green: computing a layer"
-        )
+        name_axes(axes, "Loads against compute", f"{title}; amber: waiting for so many loads, green: computing a layer")
         _save(figure, path)
 
 
