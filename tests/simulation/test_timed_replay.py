@@ -71,6 +71,17 @@ def test_knowing_the_next_layer_saves_time_and_guessing_badly_costs_bytes() -> N
     assert guessed.bytes_read > plain.bytes_read
 
 
+def test_the_oracle_in_simulated_time_is_about_as_quick_as_the_row_in_every_table() -> None:
+    """They differ in victims alone: the oracle's loads choose theirs one event earlier."""
+    events = make_events(300, stages=3)
+    budget = int(0.3 * events.header.total_bytes)
+    timing = Timing(bandwidth=2e9, compute=0.02, latency=1e-4)
+    oracle = replay_timed(events, "lfu", budget, timing, predictor=make_predictor("perfect", events), ahead=8)
+    times = step_times(events, replay(events, "lfu", budget), timing)
+    assert oracle.seconds / oracle.steps == pytest.approx(times.one_layer, rel=0.05)
+    assert times.one_layer < times.demand
+
+
 def test_a_predictor_is_known_by_name_or_refused() -> None:
     with pytest.raises(UnsupportedOptionError, match="Choose from: perfect"):
         make_predictor("crystal ball", make_events(2))

@@ -83,18 +83,21 @@ def step_times(events: Events, replay: Replay, timing: Timing) -> StepTimes:
     total_compute = compute * int(chosen.sum()) + float(cost.sum())
     return StepTimes(
         demand=demand / steps,
-        one_layer=_one_layer_ahead(transfer.tolist(), cost.tolist(), head, tail) / steps,
+        one_layer=_one_layer_ahead(wait.tolist(), read.tolist(), stages.tolist(), cost.tolist(), head, tail) / steps,
         bound=max(total_compute, float(read.sum())) / steps,
     )
 
 
-def _one_layer_ahead(transfer: list[float], cost: list[float], head: float, tail: float) -> float:
-    now = disk = ready = 0.0
-    if transfer:
-        disk = ready = head + transfer[0]  # nobody came before the first
-    following = [*transfer[1:], 0.0]
-    for own_cost, coming in zip(cost, following, strict=True):
-        chosen = now + head + own_cost
-        now = max(chosen, ready) + tail
-        disk = ready = max(disk, chosen) + coming
+def _one_layer_ahead(
+    wait: list[float], read: list[float], stages: list[int], cost: list[float], head: float, tail: float
+) -> float:
+    now = disk = 0.0  # when the last event ended, and when the storage is free
+    asked = head  # when the router of the event before had chosen; nobody came before the first
+    for latency, volume, parts, own_cost in zip(wait, read, stages, cost, strict=True):
+        begun = max(asked, disk) + latency
+        disk = begun + volume
+        asked = now + head + own_cost
+        now = asked
+        for part in range(1, parts + 1):
+            now = max(now, begun + volume * part / parts) + tail / parts
     return now
