@@ -69,11 +69,14 @@ class RouteRecording:
         """The next `tokens` tokens of the batch are computed."""
         start, self._done = self._done, self._done + tokens
         self._decoded += phase == "decode"
+        positions, token_ids = self._positions[start : self._done], self._tokens[start : self._done]
+        if len(positions) != tokens:  # whoever called llama.cpp went past us
+            positions = token_ids = np.full(tokens, -1)
         self.recorder.begin_step(
             phase,
             requests=max(self._request, 0),
-            positions=self._positions[start : self._done],
-            token_ids=self._tokens[start : self._done] if self.recorder.header.tokens else None,
+            positions=positions,
+            token_ids=token_ids if self.recorder.header.tokens else None,
         )
 
     def layer(self, layer: int, routes: NDArray[np.int64], node: int) -> None:

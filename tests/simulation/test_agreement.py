@@ -6,20 +6,20 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-pytest.importorskip("llama_cpp")
 
 from expertier.catalog.gguf import read_layout, read_tensor
 from expertier.errors import TraceMismatchError
 from expertier.routing.trace import read_trace
 from expertier.simulation import load_events, replay
-from expertier_llamacpp import Llama
 from support.tiny_gguf import TinySpec
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before libgomp is loaded
+llama_cpp = pytest.importorskip("llama_cpp")
+Llama = pytest.importorskip("expertier_llamacpp").Llama
 pytestmark = pytest.mark.engine
 TinyModel = Callable[[TinySpec], Path]
 
@@ -29,7 +29,7 @@ UNEVEN = TinySpec(layers=3, experts=12, top_k=3, hidden=96, feed_forward=160, ex
 TOKENS = [int(token) for token in np.random.default_rng(5).integers(3, 300, 60)]
 
 
-def decode(model: Path, trace: Path | None, *, budget: str, policy: str = "lfu", **options: object) -> Llama:
+def decode(model: Path, trace: Path | None, *, budget: str, policy: str = "lfu", **options: object) -> Any:
     """Feed tokens one by one, without anything whose outcome depends on the moment. The caller closes the model."""
     own = {} if trace is None else {"expert_trace": str(trace)}
     llama = Llama(
@@ -133,3 +133,24 @@ def test_a_trace_is_continued_by_the_same_model_and_refused_by_another(tiny_mode
     assert read_trace(path, least_tokens=2 * len(TOKENS)).counts.requests == 2
     with pytest.raises(TraceMismatchError, match="another model"):
         decode(tiny_model(UNEVEN), path, budget="50%")
+
+
+def test_a_batch_that_went_past_the_recorder_has_no_positions_and_spoils_nothing(
+    tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    llama = Llama(
+        str(tiny_model(SPEC)),
+        n_ctx=128,
+        n_threads=1,
+        verbose=False,
+        expert_trace=str(tmp_path / "trace"),
+        expert_trace_tokens="on",
+    )
+    llama.eval(TOKENS[:1])
+    tokens = (llama_cpp.llama_token * 5)(*TOKENS[1:6])  # the batch only points to it
+    with llama._hook.signals:
+        assert llama_cpp.llama_decode(llama.ctx, llama_cpp.llama_batch_get_one(tokens, 5)) == 0
+    llama._hook.finish()
+    llama.close()
+    table = read_trace(tmp_path / "trace").tokens()
+    assert table.position.tolist() == [0, -1, -1, -1, -1, -1]
