@@ -113,4 +113,4 @@ def _draw_bounds(axes: Axes, curves: dict[str, list[ArmResult]]) -> None:
         values = [1 / getattr(arm.seconds, attribute) for arm in arms if arm.seconds is not None]
         shares = [100 * arm.share for arm in arms if arm.seconds is not None]
         axes.plot(shares, values, color=colour, linestyle=":", linewidth=1.6, label=label)
-    axes.legend(loc="upper left", frameon=False, fontsize=8.5)
+    axes.legend(loc="lower right", frameon=False, fontsize=8.5)
