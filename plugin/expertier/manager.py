@@ -433,8 +433,12 @@ class OffloadManager:
     def _limit(self, layer: int) -> int:
         return min(self._budget, self._quotas.get(layer, self._budget))
 
-    def _evictable(self, layer: int | None) -> IntArray:
-        """Resident, unpinned experts that may make room for `layer` (``None``: for nobody), best victims first."""
+    def _evictable(self, layer: int | None, least: int | None = None) -> IntArray:
+        """Resident, unpinned experts that may make room for `layer` (``None``: for nobody), best victims first.
+
+        With `least` only the first so many, and those that are as good as the last of them: sorting thousands to take
+        two cost more than all else a miss costs here.
+        """
         position = 0
         usable = (self._state == _RESIDENT) & (self._pins == 0)
         if layer is not None:
@@ -448,11 +452,14 @@ class OffloadManager:
             # again within this very step, so layers already finished give first.
             order: IntArray = np.lexsort((scores, ~self._finished_in_step[self._layer_index[candidates]]))
             return candidates[order]
+        if least is not None and least < len(candidates):
+            first = np.flatnonzero(scores <= np.partition(scores, least)[least])
+            candidates, scores = candidates[first], scores[first]
         return candidates[np.argsort(scores, kind="stable")]
 
-    def _victims(self, layer: int, priority: int) -> list[tuple[int, float]]:
+    def _victims(self, layer: int, priority: int, least: int | None = None) -> list[tuple[int, float]]:
         """Experts that may make room for `layer` with what each is worth to a prefetch, best victim last."""
-        victims = self._evictable(layer)[::-1]
+        victims = self._evictable(layer, least)[::-1]
         if priority == DEMAND:
             worth = np.zeros(len(victims))
         else:
@@ -471,7 +478,7 @@ class OffloadManager:
         slot = self._slot_bytes[layer]
         reads: list[list[ReadRequest]] = []
         victims: list[tuple[int, float]] | None = None
-        full = False
+        full = partial = False
         complete = True
         try:
             for index, expert in enumerate(missing.tolist()):
@@ -483,9 +490,14 @@ class OffloadManager:
                     if recycled is None:
                         was_full, full = full, self._layer_bytes[layer] + slot > self._limit(layer)
                         if victims is None or full != was_full:  # a layer at its quota lives on its own
-                            victims = self._victims(layer, priority)
+                            victims = self._victims(layer, priority, len(missing))
+                            partial = True
                         chance = np.inf if chances is None else float(chances[index])
                         recycled, fits = self._make_room(layer, slot, victims, chance)
+                        if not fits and partial and not (victims and victims[-1][1] >= chance):
+                            victims = self._victims(layer, priority)
+                            partial = False
+                            recycled, fits = self._make_room(layer, slot, victims, chance)
                         if not fits:
                             complete = False
                             break
