@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from expertier_vllm.runtime import Runtime
 
 _SMALL: Final = 8  # rows below this fraction of an expert stay resident for all experts
+# Upstream: unquantized_fused_moe_method.py. No other method runs on the processors this was tested on.
+_VERIFIED_METHODS: Final = frozenset({"UnquantizedFusedMoEMethod"})
 _NUMBER: Final = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
 
 
@@ -104,7 +106,14 @@ class ExpertStage:
 
         Upstream: ``RoutedExperts.__init__`` calls ``create_weights``, ``process_weights_after_loading`` of
         model_loader/utils.py the method's of the same name.
+
+        Raises
+        ------
+        UnsupportedModelError
+            The method was never seen to compute right on experts that come and go.
         """
+        if type(method).__name__ not in _VERIFIED_METHODS:
+            raise refusals.unverified_quantisation(type(method).__name__)
         self._method = method
         self._create, self._process = method.create_weights, method.process_weights_after_loading
 

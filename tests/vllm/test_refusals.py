@@ -11,8 +11,15 @@ from typing import Any
 
 import pytest
 
-from expertier.errors import ExpertierError, NotMoEError, UnsupportedEngineError, UnsupportedOptionError
+from expertier.errors import (
+    ExpertierError,
+    NotMoEError,
+    UnsupportedEngineError,
+    UnsupportedModelError,
+    UnsupportedOptionError,
+)
 from expertier_vllm.refusals import ServerFacts, check_server
+from expertier_vllm.stage import ExpertStage
 from support.tiny_hf import HfSpec, write_hf
 from support.vllm_process import engine, error_of, run
 
@@ -165,3 +172,15 @@ def test_an_unknown_version_of_vllm_is_refused_and_stock_still_starts(tmp_path: 
     outcome = run(unknown_version, str(write_hf(tmp_path, SPEC)))
     assert outcome["ours"].startswith("UnsupportedEngineError: This Expertier does not know vLLM 0.99.1.")
     assert outcome["stock"] == ""
+
+
+def test_a_quantisation_that_was_never_run_with_expertier_is_refused_by_name() -> None:
+    class Fp8MoEMethod:
+        def create_weights(self) -> None:
+            raise AssertionError("nothing is created")
+
+        process_weights_after_loading = create_weights
+
+    stage = ExpertStage(object(), "model.layers.3.mlp.experts")
+    with pytest.raises(UnsupportedModelError, match=r"Fp8MoEMethod.*bf16"):
+        stage.adopt(Fp8MoEMethod())
