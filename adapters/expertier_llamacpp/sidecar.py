@@ -14,7 +14,6 @@ import functools
 import glob
 import hashlib
 import logging
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -30,10 +29,10 @@ from expertier.budget import format_bytes
 from expertier.catalog.gguf import GgufLayout, content_digest
 from expertier.catalog.gguf_header import TENSOR_TYPES
 from expertier.catalog.pack import SUFFIX, Check, Pack, PackKey, find_or_build
+from expertier.catalog.sidecar import announced, sidecar_directories
 from expertier.catalog.types import Catalog, ExpertPart, LayerExperts
 from expertier.config import OffloadOptions
-from expertier.errors import ExpertierError, SidecarError
-from expertier.paths import cache_dir
+from expertier.errors import SidecarError
 from expertier.residency import pages
 from expertier.residency.pages import PAGE
 from expertier.storage import StorageFile
@@ -334,24 +333,13 @@ def _find_or_write(
         library=f"llama-cpp-python {llama_cpp.__version__}",
     )
     return find_or_build(
-        _directories(catalog, options),
+        sidecar_directories(catalog.path.parent, options.sidecar_dir),
         f"{catalog.path.stem}.{key.short}{SUFFIX}",
         key=key,
         parts=parts,
         produce=lambda: _repacked(repacker, parts, options),
         announce=_announce,
     )
-
-
-def _directories(catalog: Catalog, options: OffloadOptions) -> list[Path]:
-    if options.sidecar_dir:
-        return [Path(options.sidecar_dir).expanduser().absolute()]
-    directories = [catalog.path.absolute().parent]
-    try:
-        directories.append(cache_dir() / "sidecars")
-    except ExpertierError as error:  # only a second choice; the first may do
-        logger.info("%s", error)
-    return directories
 
 
 class _Scratch:
@@ -408,22 +396,9 @@ def _repack_one(
     return pages.view(slot.target, part.expert_bytes)
 
 
-@contextlib.contextmanager
-def _announce(path: Path, size: int) -> Iterator[Callable[[int], None]]:
+def _announce(path: Path, size: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
     text = f"expertier: writing repacked experts ({format_bytes(size)}) to {path}; needed once for this model and CPU"
     others = sorted(other.name for other in path.parent.glob(f"{glob.escape(path.name[:-_TAIL])}????????{SUFFIX}"))
     if others:
         text += f"\nexpertier: of other versions of model, engine or CPU, delete if not needed: {', '.join(others)}"
-    if not sys.stderr.isatty():
-        print(text, file=sys.stderr)
-        yield lambda _: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
-
-    console = Console(stderr=True)
-    console.print(text, markup=False, highlight=False)
-    columns = (BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=size)
-        yield lambda count: progress.advance(task, count)
+    return announced(text, size)

@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
-import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ import llama_cpp
 import numpy as np
 from llama_cpp import llama_cpp as C  # noqa: N812 - the name llama-cpp-python itself uses for its C interface
 
+from expertier.comparison.job import answer_job
 from expertier.errors import ExpertierError
 from expertier.telemetry import Stats
 from expertier_llamacpp.adapter import can_repack
@@ -26,16 +24,8 @@ from expertier_llamacpp.llama import Llama
 
 
 def main() -> None:
-    """Read the job, measure, write the record. Everything else that is printed goes to stderr."""
-    job = json.loads(sys.stdin.read())
-    answer = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # llama.cpp prints where it likes
-    try:
-        record = {"status": "ok", "figures": measure(job)}
-    except ExpertierError as error:
-        record = {"status": "refused", "reason": f"{type(error).__name__}: {error}"}
-    with answer:
-        json.dump(record, answer)
+    """Run the job that the comparison's runner sends."""
+    answer_job(measure)
 
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:

@@ -6,17 +6,16 @@ The first start writes it, later ones find it and read nothing of the checkpoint
 from __future__ import annotations
 
 import contextlib
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 from expertier.budget import format_bytes
 from expertier.catalog.pack import SUFFIX, Pack, PackKey, read_pack
+from expertier.catalog.sidecar import announced
 from expertier.catalog.types import ExpertPart
-from expertier.errors import ExpertierError, SidecarError
-from expertier.paths import cache_dir
+from expertier.errors import SidecarError
 from expertier.residency import pages
 from expertier.storage import StorageFile
 
@@ -24,16 +23,6 @@ from expertier.storage import StorageFile
 def sidecar_name(checkpoint: Path, key: PackKey) -> str:
     """File name of the sidecar of a checkpoint for a key."""
     return f"{checkpoint.absolute().name}.{key.short}{SUFFIX}"
-
-
-def sidecar_directories(checkpoint: Path, chosen: str | None) -> list[Path]:
-    """Where sidecars of a checkpoint are looked for and written, best place first."""
-    if chosen:
-        return [Path(chosen).expanduser().absolute()]
-    directories = [checkpoint.absolute()]
-    with contextlib.suppress(ExpertierError):  # only a second choice; the first may do
-        directories.append(cache_dir() / "sidecars")
-    return directories
 
 
 def find_sidecar(directories: Sequence[Path], name: str, key: PackKey) -> Pack | None:
@@ -75,20 +64,9 @@ def read_rows(file: StorageFile, pack: Pack, part: ExpertPart, dtype: torch.dtyp
     return rows.view(dtype).view(part.experts, *reversed(part.shape[:-1]))
 
 
-@contextlib.contextmanager
-def announce(path: Path, size: int) -> Iterator[Callable[[int], None]]:
-    """Tell that a sidecar is being written, with a progress bar on a terminal."""
-    text = f"expertier: writing rearranged experts ({format_bytes(size)}) to {path}; needed once for this model and CPU"
-    if not sys.stderr.isatty():
-        print(text, file=sys.stderr, flush=True)
-        yield lambda _: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
-
-    console = Console(stderr=True)
-    console.print(text, markup=False, highlight=False)
-    columns = (BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=size)
-        yield lambda count: progress.advance(task, count)
+def announce(path: Path, size: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
+    """Tell that a sidecar is being written; see :func:`expertier.catalog.sidecar.announced`."""
+    return announced(
+        f"expertier: writing rearranged experts ({format_bytes(size)}) to {path}; needed once for this model and CPU",
+        size,
+    )

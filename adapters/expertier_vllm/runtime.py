@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import sys
 import weakref
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from expertier.budget import format_bytes, parse_budget
 from expertier.catalog.pack import Pack, PackKey, find_or_build
 from expertier.catalog.safetensors import build_catalog, content_digest, read_layout
+from expertier.catalog.sidecar import sidecar_directories
 from expertier.catalog.types import LayerExperts
 from expertier.errors import BudgetError, ExpertierError, ExpertLoadError, ModelFormatError, UnsupportedModelError
 from expertier.manager import Lease, ManagerConfig, OffloadManager, Phase
@@ -31,7 +33,6 @@ from expertier_vllm.loading import (
     announce,
     find_sidecar,
     read_rows,
-    sidecar_directories,
     sidecar_name,
 )
 from expertier_vllm.options import VllmOptions
@@ -146,11 +147,12 @@ class Runtime:
     def sources(self) -> CheckpointFiles | None:
         """Where to look checkpoint tensors up; ``None`` when an earlier start has left a sidecar."""
         if not self._looked:
-            key = self._key()
+            key = self._key
             self._pack = find_sidecar(self._directories(), sidecar_name(self.facts.checkpoint, key), key)
             self._looked = True
         return None if self._pack is not None else self.files
 
+    @functools.cached_property  # reads samples of all weights; asked for only when all layers have been added
     def _key(self) -> PackKey:
         layers = sorted(stage.layer for stage in self._stages)
         method = self._stages[0].method
@@ -180,7 +182,7 @@ class Runtime:
 
     def _complete(self) -> None:
         self._stages = layers_in_order(self._stages)
-        key = self._key()
+        key = self._key
         parts = {stage.layer: stage.parts() for stage in self._stages}
         offload = self.options.offload
         with contextlib.closing(SourceReader(offload.io_mode)) as reader:

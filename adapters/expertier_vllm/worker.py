@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
-import os
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +17,7 @@ from typing import Any
 import numpy as np
 import psutil
 
+from expertier.comparison.job import answer_job
 from expertier.errors import ExpertierError
 from expertier.telemetry import PhaseCounters, Stats
 from expertier_vllm.metrics import summed
@@ -30,16 +28,8 @@ _KERNELS = "eager"
 
 
 def main() -> None:
-    """Read the job, measure, write the record. Everything else that is printed goes to stderr."""
-    job = json.loads(sys.stdin.read())
-    answer = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # vLLM prints where it likes
-    try:
-        record = {"status": "ok", "figures": measure(job)}
-    except ExpertierError as error:
-        record = {"status": "refused", "reason": f"{type(error).__name__}: {error}"}
-    with answer:
-        json.dump(record, answer)
+    """Run the job that the comparison's runner sends."""
+    answer_job(measure)
 
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:

@@ -55,6 +55,14 @@ def opened(path: Path, remedy: str) -> Iterator[tuple[int, int]]:
         os.close(descriptor)
 
 
+def read_at(descriptor: int, length: int, offset: int) -> bytes:
+    """Read `length` bytes, or fewer where the file ends before."""
+    data = bytearray()
+    while len(data) < length and (more := os.pread(descriptor, length - len(data), offset + len(data))):
+        data += more
+    return bytes(data)
+
+
 def read_ranges(path: Path, size: int, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
     """Read some ranges of a file.
 
@@ -82,13 +90,10 @@ def read_ranges(path: Path, size: int, ranges: Sequence[tuple[int, int]]) -> lis
     pieces: list[bytes] = []
     with opened(path, "Do not move a model while it is used.") as (descriptor, _):
         for offset, length in ranges:
-            piece = bytearray()
-            while len(piece) < length:
-                more = os.pread(descriptor, length - len(piece), offset + len(piece))
-                if not more:
-                    raise ModelFormatError(
-                        f"{path} became shorter than {size} bytes.", "Do not change a model while it is used."
-                    )
-                piece += more
-            pieces.append(bytes(piece))
+            piece = read_at(descriptor, length, offset)
+            if len(piece) < length:
+                raise ModelFormatError(
+                    f"{path} became shorter than {size} bytes.", "Do not change a model while it is used."
+                )
+            pieces.append(piece)
     return pieces

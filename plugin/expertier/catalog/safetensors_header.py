@@ -18,7 +18,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, TypeGuard
 
-from expertier.catalog.files import opened
+from expertier.catalog.files import opened, read_at
 from expertier.errors import ModelFormatError, ModelNotFoundError, UnsupportedModelError
 
 CONFIG_NAME: Final = "config.json"
@@ -242,15 +242,10 @@ def read_header(path: Path) -> WeightFile:
 
 
 def _read(descriptor: int, path: Path, length: int, offset: int) -> bytes:
-    data = bytearray()
-    while len(data) < length:
-        piece = os.pread(descriptor, length - len(data), offset + len(data))
-        if not piece:
-            raise ModelFormatError(
-                f"{path} became shorter while it was read.", "Do not change a model while it is used."
-            )
-        data += piece
-    return bytes(data)
+    data = read_at(descriptor, length, offset)
+    if len(data) < length:
+        raise ModelFormatError(f"{path} became shorter while it was read.", "Do not change a model while it is used.")
+    return data
 
 
 def _parse(path: Path, what: str, text: bytes) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from expertier.budget import format_bytes, parse_budget
 from expertier.catalog import read_catalog
 from expertier.catalog.types import Catalog
 from expertier.cli.engines import Workloads, get_adapter
+from expertier.cli.folder import prepare_folder
 from expertier.cli.options import print_json
 from expertier.comparison.arms import Ability, Limit, parse_limit, parse_variant, plan_arms
 from expertier.comparison.figure import draw
@@ -29,8 +30,7 @@ from expertier.comparison.runner import Runner, Workload
 from expertier.comparison.summary import Summary, summarise
 from expertier.comparison.table import print_report
 from expertier.config import OffloadOptions
-from expertier.errors import ExpertierError, UnsupportedOptionError
-from expertier.paths import cache_dir
+from expertier.errors import UnsupportedOptionError
 from expertier.planning.calibrate import DiskSpeed, measure_disk
 from expertier.planning.memory import memory_left
 
@@ -72,7 +72,7 @@ def compare(request: CompareRequest) -> None:
     parse_budget(request.options.budget, catalog.total_expert_bytes)  # a typing error shows now, not as failed arms
     limits = [parse_limit(text, catalog.file_bytes) for text in request.limits or usual.limits]
     requests = _requests(request, usual)
-    out = _prepare(request.out)
+    out = prepare_folder(request.out, "comparisons", RECORD)
     confinement, reasons = find_confinement()
     readahead = Readahead(request.model)
     ability = Ability(
@@ -158,21 +158,6 @@ def _requests(request: CompareRequest, usual: Workloads) -> tuple[int, ...]:
             f"Comparisons with {request.engine} measure one sequence at a time.", "Leave out --requests."
         )
     return tuple(sorted(set(request.requests)))
-
-
-def _prepare(out: Path | None) -> Path:
-    if out is None:
-        out = cache_dir() / "comparisons" / datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = (out / RECORD).with_suffix(".tmp")
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise ExpertierError(
-            f"The directory {out} cannot be written to: {error.strerror}.", "Choose another --out."
-        ) from error
-    return out
 
 
 def _variants(texts: Sequence[str], options: OffloadOptions) -> dict[str, dict[str, object]]:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
 from expertier.budget import format_bytes
+from expertier.cli.folder import prepare_folder
 from expertier.cli.options import print_json
-from expertier.cli.simulate import USUAL_LATENCY, prepare_folder, recorded_timing
+from expertier.cli.simulate import USUAL_LATENCY, recorded_timing, replay_progress
 from expertier.comparison.hardware import cores
 from expertier.routing import Trace, read_trace
 from expertier.simulation.analysis import reuse_distances, skew, time_line, usage
@@ -23,6 +20,7 @@ from expertier.simulation.pictures import draw_heat_map, draw_hits, draw_reuse, 
 from expertier.simulation.replay import replay
 from expertier.simulation.sweep import ArmResult, plan_arms, sweep
 
+_PAGE = "report.html"
 _SHARES = (0.0625, 0.125, 0.1875, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
 _POLICIES = ("lfu", "lru")
 _MOST_TOKENS = 20_000  # more make the curves no smoother
@@ -33,16 +31,16 @@ def report_trace(path: Path, out: Path | None, *, partial: bool, as_json: bool) 
     """Draw heat map, reuse distances, hit ratios and a time line; write one page with all of them."""
     trace = read_trace(path, partial=partial)
     events = load_events(trace, most_tokens=_MOST_TOKENS)
-    folder = prepare_folder(out or path.with_name(path.name + "-report"))
+    folder = prepare_folder(out or path.with_name(path.name + "-report"), "reports", _PAGE)
     total = events.header.total_bytes
     budgets = [(f"{100 * share:g}%", int(total * share)) for share in _SHARES]
     budgets = [(text, budget) for text, budget in budgets if budget >= events.least_budget] or [("100%", total)]
     arms = plan_arms(budgets, _POLICIES, ())
-    with _progress(len(arms)) as progress:
+    with replay_progress(len(arms)) as progress:
         results = sweep(path, arms, None, partial=partial, most_tokens=_MOST_TOKENS, jobs=cores(), progress=progress)
     pictures = _draw(trace, events, results, budgets, folder)
     found = skew(events)
-    page = folder / "report.html"
+    page = folder / _PAGE
     write_page(
         page,
         f"Routes of {events.header.model or events.header.architecture}",
@@ -115,19 +113,3 @@ def _hit_table(results: tuple[ArmResult, ...]) -> list[tuple[str, ...]]:
     budgets = list(dict.fromkeys(arm.budget_text for arm in results))
     cells = {(arm.label, arm.budget_text): f"{100 * arm.hit_ratio:.1f}" for arm in results}
     return [("resident", *budgets), *((label, *(cells[label, budget] for budget in budgets)) for label in labels)]
-
-
-@contextmanager
-def _progress(arms: int) -> Iterator[Callable[[float], None] | None]:
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield None
-        return
-    columns: tuple[Any, ...] = (
-        SpinnerColumn(),
-        BarColumn(),
-        TextColumn("{task.completed:.1f} of {task.total:.0f} replays"),
-    )
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=arms)
-        yield lambda done: progress.update(task, completed=done)

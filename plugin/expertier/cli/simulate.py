@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -12,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from expertier.budget import format_bytes, parse_budget
 from expertier.catalog import read_catalog
+from expertier.cli.folder import prepare_folder
 from expertier.cli.options import print_json
-from expertier.errors import BudgetError, ExpertierError, UnsupportedOptionError
-from expertier.paths import cache_dir
+from expertier.errors import BudgetError, UnsupportedOptionError
 from expertier.planning.calibrate import measure_disk
 from expertier.routing import Trace, read_trace
 from expertier.simulation.events import load_events
@@ -70,8 +69,8 @@ def simulate(request: SimulateRequest) -> None:
         raise UnsupportedOptionError(
             "Loads ahead of need are a matter of time, and speeds are unknown.", f"Give {_SPEEDS}."
         )
-    out = prepare_folder(request.out)
-    with _progress(len(arms)) as progress:
+    out = prepare_folder(request.out, "simulations", RECORD)
+    with replay_progress(len(arms), TimeRemainingColumn(elapsed_when_finished=True)) as progress:
         results = sweep(
             request.trace,
             arms,
@@ -167,30 +166,9 @@ def _number(value: Any) -> float | None:
     return float(value)
 
 
-def prepare_folder(out: Path | None) -> Path:
-    """Make the folder for results; by default a new one in the cache directory.
-
-    Raises
-    ------
-    ExpertierError
-        It cannot be written to.
-    """
-    if out is None:
-        out = cache_dir() / "simulations" / datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = (out / RECORD).with_suffix(".tmp")
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise ExpertierError(
-            f"The directory {out} cannot be written to: {error.strerror}.", "Choose another --out."
-        ) from error
-    return out
-
-
 @contextmanager
-def _progress(arms: int) -> Iterator[Callable[[float], None] | None]:
+def replay_progress(arms: int, *more: ProgressColumn) -> Iterator[Callable[[float], None] | None]:
+    """Show how many of so many replays are done, on a terminal; `more` columns follow the count."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield None
@@ -199,7 +177,7 @@ def _progress(arms: int) -> Iterator[Callable[[float], None] | None]:
         SpinnerColumn(),
         BarColumn(),
         TextColumn("{task.completed:.1f} of {task.total:.0f} replays"),
-        TimeRemainingColumn(elapsed_when_finished=True),
+        *more,
     )
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=arms)
