@@ -9,6 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from expertier.catalog.gguf import read_layout
 from expertier.catalog.types import Catalog
 from expertier.cli.engines import EngineSettings, Finding, Session, StockVariant, Workloads
@@ -78,6 +81,17 @@ class LlamaCppSession:
         if fresh:
             self._llama.reset()  # type: ignore[no-untyped-call]
         self._llama.eval(tokens)
+
+    def logits(self) -> NDArray[np.float32]:
+        """Return logits after the last token read, shape ``(vocabulary,)``; valid until the next step."""
+        from llama_cpp import llama_get_logits
+
+        row: NDArray[np.float32] = np.ctypeslib.as_array(llama_get_logits(self._llama.ctx), (self._llama.n_vocab(),))
+        return row
+
+    def substituted(self) -> NDArray[np.float64]:
+        """Gate mass that stand-ins took over all decoded tokens so far, shape ``(layers,)``."""
+        return np.zeros(len(self._llama.catalog.layers))
 
     def note(self, values: Mapping[str, Any]) -> None:
         """Leave measurements in the trace that is being recorded."""
