@@ -66,6 +66,14 @@ class ManagerClosedError(ExpertierError):
     """The offload manager was used after it was closed."""
 
 
+class VirtualExpertsError(ExpertierError):
+    """Virtual experts were asked for in a way, or of a model, in which they are not possible."""
+
+
+class RouterScoresError(ExpertierError):
+    """A router's scores cannot be ranked."""
+
+
 class TraceError(ExpertierError):
     """A trace of routes cannot be used; the subclasses say why."""
 

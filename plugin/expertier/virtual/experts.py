@@ -1,0 +1,228 @@
+"""Virtual experts as an adapter holds them: what is asked for, whom it applies to, and what it has cost so far."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from expertier.errors import VirtualExpertsError
+from expertier.residency.base import IntArray
+from expertier.virtual.selection import Bools, Floats, choose
+
+
+@dataclass(frozen=True, kw_only=True)
+class VirtualSettings:
+    """What the user asked for.
+
+    Attributes
+    ----------
+    bias : float
+        Share of a token's range of router scores that residency is worth; 0 is exact, infinite chooses among resident
+        experts only.
+    protect : int
+        So many of a token's first experts are never replaced.
+    prefill : bool
+        Whether prompts may be computed with substitutes, too.
+    """
+
+    bias: float = 0.0
+    protect: int = 0
+    prefill: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class VirtualStats:
+    """What substitution has done since the start.
+
+    Attributes
+    ----------
+    bias : float
+        The bias now.
+    tokens : int
+        Tokens computed while substitution was allowed.
+    exact_tokens : int
+        Tokens computed without: prompts, requests that asked for it, and steps at bias 0.
+    layers : tuple of int
+        Layer indices, the order of the following.
+    substituted_share : tuple of float
+        Share of the router's choices that were replaced, by layer.
+    substituted_mass : tuple of float
+        Mean share of a token's gate weights that belonged to replaced experts, by layer.
+    """
+
+    bias: float
+    tokens: int
+    exact_tokens: int
+    layers: tuple[int, ...]
+    substituted_share: tuple[float, ...]
+    substituted_mass: tuple[float, ...]
+
+
+class VirtualExperts:
+    """Chooses stand-ins for a model's layers and counts them.
+
+    Parameters
+    ----------
+    layers : sequence of int
+        The model's MoE layers.
+    settings : VirtualSettings
+        What the user asked for.
+
+    Attributes
+    ----------
+    settings : VirtualSettings
+        As given; the bias in force is :attr:`bias`.
+    tokens, exact_tokens : int
+        As in :class:`VirtualStats`.
+    wishes, substituted : ndarray of int64, shape (layers,)
+        Experts the routers chose while substitution was allowed, and how many of those were replaced.
+    mass : ndarray of float64, shape (layers,)
+        Sum over tokens of the share of gate weights that belonged to replaced experts.
+    after_step : callable or None
+        Called with this object at the end of every step: who steers the bias.
+    """
+
+    def __init__(self, layers: Sequence[int], settings: VirtualSettings) -> None:
+        self.settings = settings
+        self._layers = tuple(sorted(layers))
+        self._position = {layer: position for position, layer in enumerate(self._layers)}
+        self.bias = settings.bias
+        self.tokens = 0
+        self.exact_tokens = 0
+        self.wishes = np.zeros(len(self._layers), np.int64)
+        self.substituted = np.zeros(len(self._layers), np.int64)
+        self.mass = np.zeros(len(self._layers))
+        self.after_step: Callable[[VirtualExperts], None] | None = None
+        self._exact_requests = 0
+        self._substituting = False
+
+    @property
+    def bias(self) -> float:
+        """The bias in force from the next step on; may be set while the engine runs, from any thread.
+
+        Raises
+        ------
+        VirtualExpertsError
+            When set to a negative number or NaN, or turned infinite or finite: what is kept resident depends on it.
+        """
+        return self._bias
+
+    @bias.setter
+    def bias(self, value: float) -> None:
+        value = float(value)
+        if math.isnan(value) or value < 0:
+            raise VirtualExpertsError(f"A bias of {value} is not possible.", "Give 0 (exact) or more.")
+        if (value == math.inf) != (self.settings.bias == math.inf) and value:
+            raise VirtualExpertsError(
+                "The bias cannot turn infinite or finite while the engine runs.", "Load the model with the other."
+            )
+        self._bias = value
+
+    @property
+    def hard(self) -> bool:
+        """Whether the model was loaded to choose among resident experts only."""
+        return self.settings.bias == math.inf
+
+    @contextmanager
+    def exactly(self) -> Iterator[None]:
+        """No substitution in steps that begin inside, whatever the bias: for a request that asks for exactness."""
+        self._exact_requests += 1
+        try:
+            yield
+        finally:
+            self._exact_requests -= 1
+
+    def begin_step(self, tokens: int, phase: Literal["decode", "prefill"]) -> bool:
+        """Start a step; whether its layers may be given stand-ins."""
+        allowed = phase == "decode" or self.settings.prefill
+        self._substituting = self._bias > 0 and allowed and not self._exact_requests
+        if self._substituting:
+            self.tokens += tokens
+        else:
+            self.exact_tokens += tokens
+        return self._substituting
+
+    @property
+    def substituting(self) -> bool:
+        """Whether the step that is being computed may have stand-ins."""
+        return self._substituting
+
+    def choose(
+        self,
+        layer: int,
+        routes: IntArray,
+        resident: Bools,
+        router: Callable[[], tuple[Floats, Floats]],
+        *,
+        exact: Bools | None = None,
+    ) -> IntArray:
+        """Choose the experts that a layer computes with, and count what is replaced.
+
+        Parameters
+        ----------
+        layer : int
+            The layer.
+        routes : ndarray of int64, shape (tokens, top_k)
+            The router's choice, best first.
+        resident : ndarray of bool, shape (experts,)
+            Experts that cost no load.
+        router : callable
+            Gives the router's scores, shape ``(tokens, experts)``, as :func:`expertier.virtual.selection.choose` takes
+            them, and its gate weights of `routes`, shape ``(tokens, top_k)``; called only when an expert is absent.
+        exact : ndarray of bool, shape (tokens,), optional
+            Tokens of a batch whose requests asked for exactness.
+
+        Returns
+        -------
+        ndarray of int64, shape (tokens, top_k)
+            `routes` itself when nothing is replaced.
+        """
+        if not self._substituting:
+            return routes
+        position = self._position[layer]
+        self.wishes[position] += routes.size
+        if resident[routes].all():
+            return routes
+        scores, weights = router()
+        chosen = choose(scores, resident, routes, bias=self._bias, protect=self.settings.protect)
+        if chosen is routes:
+            return routes
+        if exact is not None:
+            chosen = np.where(exact[:, None], routes, chosen)
+        replaced = chosen != routes
+        count = int(replaced.sum())
+        if not count:
+            return routes
+        self.substituted[position] += count
+        shares = (weights * replaced).sum(axis=1) / np.maximum(weights.sum(axis=1), np.finfo(np.float32).tiny)
+        self.mass[position] += float(shares.sum())
+        return chosen
+
+    def end_step(self) -> None:
+        """End a step."""
+        if self.after_step is not None:
+            self.after_step(self)
+
+    def stats(self) -> VirtualStats:
+        """Return a snapshot."""
+        return VirtualStats(
+            bias=self._bias,
+            tokens=self.tokens,
+            exact_tokens=self.exact_tokens,
+            layers=self._layers,
+            substituted_share=tuple((self.substituted / np.maximum(self.wishes, 1)).tolist()),
+            substituted_mass=tuple((self.mass / max(self.tokens, 1)).tolist()),
+        )
+
+    def words(self) -> str:
+        """What the mode line says of it."""
+        if self.hard:
+            return "lossy: resident experts only"
+        protected = f", first {self.settings.protect} protected" if self.settings.protect else ""
+        prompts = ", prompts too" if self.settings.prefill else ""
+        return f"lossy: resident experts preferred by {self._bias:g}{protected}{prompts}"

@@ -1,0 +1,143 @@
+"""Selection among the router's scores with residency in mind: which experts stand in for absent ones.
+
+Scores are what a router ranks by, as logits: comparable by difference. :func:`as_logits` turns what engines keep into
+them. Only the choice changes; gate weights stay the router's own, and the model renormalises them as it always does.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from expertier.errors import RouterScoresError, VirtualExpertsError
+from expertier.residency.base import IntArray
+
+Scale = Literal["logits", "softmax", "sigmoid"]
+Floats = NDArray[np.floating[Any]]
+Bools = NDArray[np.bool_]
+
+
+def choose(scores: Floats, resident: Bools, routes: IntArray, *, bias: float, protect: int = 0) -> IntArray:
+    """Choose experts for every token, preferring resident ones.
+
+    An absent expert of the true routes is replaced by the best resident expert outside them whose score, raised by
+    ``bias`` times the token's range of scores, is higher. That is the top-k of scores in which all resident experts are
+    raised so, with ties going to the router's own choice.
+
+    Parameters
+    ----------
+    scores : ndarray of float, shape (tokens, experts)
+        What the router ranks by, as logits; ``-inf`` for experts it may not choose (other groups).
+    resident : ndarray of bool, shape (experts,)
+        Experts that cost no load: resident ones, and where a wait is acceptable those on their way.
+    routes : ndarray of int64, shape (tokens, top_k)
+        The router's own choice, best first.
+    bias : float
+        Share of a token's range (highest minus lowest finite score) that residency is worth. 0 changes nothing;
+        infinite chooses resident experts only.
+    protect : int
+        So many of the first true experts are never replaced.
+
+    Returns
+    -------
+    ndarray of int64, shape (tokens, top_k)
+        Distinct experts. A substitute stands where the expert was that it replaces; tokens that keep all of theirs
+        keep their order, so that their result is the stock engine's bit by bit. `routes` itself when nothing changes.
+
+    Raises
+    ------
+    RouterScoresError
+        When a score is NaN.
+    VirtualExpertsError
+        When `bias` is infinite and fewer experts are resident than a token needs.
+    """
+    if np.isnan(scores).any():
+        raise RouterScoresError(
+            "The router's scores are not numbers (NaN).", "The model or its input is broken; stock would go on with it."
+        )
+    absent = ~resident[routes]
+    absent[:, :protect] = False
+    if bias == 0 or not absent.any():
+        return routes
+    rows = np.arange(len(scores))[:, None]
+    candidates = np.where(resident, scores, -np.inf)
+    candidates[rows, routes] = -np.inf
+    most = min(routes.shape[1], candidates.shape[1])
+    best = np.argpartition(candidates, -most, axis=1)[:, -most:]
+    best = best[rows, candidates[rows, best].argsort(axis=1, kind="stable")[:, ::-1]]
+    # The worst absent expert meets the best candidate, the second worst the second best, and so on.
+    stand_in = best[rows, absent[:, ::-1].cumsum(axis=1)[:, ::-1] - 1]
+    offered = candidates[rows, stand_in]
+    replaced = absent & (offered > -np.inf)
+    if bias == np.inf:
+        if (absent & ~replaced).any():
+            raise VirtualExpertsError(
+                f"Only {int(resident.sum())} experts are resident where a token needs {routes.shape[1]}.",
+                "Raise the budget, or use a finite bias.",
+            )
+    else:
+        replaced &= offered + bias * score_range(scores)[:, None] > scores[rows, routes]
+    return np.where(replaced, stand_in, routes)
+
+
+def score_range(scores: Floats) -> NDArray[np.float64]:
+    """Highest minus lowest finite score of every token, shape ``(tokens,)``."""
+    highest = scores.max(axis=1).astype(np.float64)
+    lowest = scores.min(axis=1)
+    if np.isneginf(lowest).any():
+        lowest = np.where(np.isneginf(scores), np.inf, scores).min(axis=1)
+    result: NDArray[np.float64] = highest - lowest
+    return result
+
+
+def as_logits(scores: Floats, scale: Scale) -> Floats:
+    """Bring a router's scores to a scale on which equal differences mean equal preference.
+
+    Parameters
+    ----------
+    scores : ndarray of float, shape (tokens, experts)
+        What the router ranks by; ``-inf`` stays.
+    scale : {"logits", "softmax", "sigmoid"}
+        What they are. The logarithm of a softmax is its logits up to a constant, which no difference sees; a sigmoid is
+        inverted. Scores to which a correction was added after the sigmoid (DeepSeek-V3) have no logits: they are ranked
+        as they are, so use ``"logits"``.
+    """
+    if scale == "logits":
+        return scores
+    closed = scores == -np.inf
+    kind = scores.dtype.type
+    small = np.finfo(kind).tiny
+    inside = np.clip(np.where(closed, small, scores), small, 1.0 - np.finfo(kind).epsneg)  # NaN stays NaN
+    logits: Floats = np.log(inside) if scale == "softmax" else np.log(inside) - np.log1p(-inside)
+    logits[closed] = -np.inf
+    return logits
+
+
+def top_experts(scores: Floats, top_k: int) -> IntArray:
+    """The router's own choice, best first, the lower index first among equals; shape ``(tokens, top_k)``."""
+    return np.argsort(-scores, axis=1, kind="stable")[:, :top_k]
+
+
+def close_groups(scores: Floats, *, groups: int, kept: int, rank_by: Literal["top2", "max"] = "top2") -> Floats:
+    """Set the scores of all but the best groups of experts to ``-inf`` (grouped top-k, DeepSeek).
+
+    Parameters
+    ----------
+    scores : ndarray of float, shape (tokens, experts)
+        As the model ranks groups by them: with the correction, before :func:`as_logits`.
+    groups : int
+        Number of groups, equally many neighbouring experts each.
+    kept : int
+        Groups that stay open.
+    rank_by : {"top2", "max"}
+        What a group is worth: the sum of its two best scores (DeepSeek-V3, llama.cpp) or its best (DeepSeek-V2).
+    """
+    tokens, experts = scores.shape
+    grouped = scores.reshape(tokens, groups, experts // groups)
+    worth = np.sort(grouped, axis=2)[:, :, -2:].sum(axis=2) if rank_by == "top2" else grouped.max(axis=2)
+    open_groups = np.argsort(-worth, axis=1, kind="stable")[:, :kept]
+    closed = np.ones((tokens, groups), bool)
+    np.put_along_axis(closed, open_groups, False, axis=1)
+    return np.where(closed[:, :, None], -np.inf, grouped).reshape(tokens, experts).astype(scores.dtype)
