@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from expertier.catalog.routers import read_routers, routers_digest
 from expertier.catalog.types import Catalog
 from expertier.config import OffloadOptions
 from expertier.residency.windows import WindowPool
@@ -169,4 +170,5 @@ def trace_header(catalog: Catalog, pool: WindowPool, options: OffloadOptions, hi
         weights=True,
         tokens=options.trace_tokens == "on",
         hidden_size=hidden_size if options.trace_hidden else 0,
+        routers=routers_digest(read_routers(catalog), tuple(catalog.by_layer)),
     )

@@ -100,3 +100,23 @@ class TraceMismatchError(TraceError):
 
 class TraceTooShortError(TraceError):
     """The trace has too few tokens for what was asked."""
+
+
+class PredictorError(ExpertierError):
+    """A trained route predictor cannot be used; the subclasses say why."""
+
+
+class PredictorMissingError(PredictorError):
+    """A predictor was asked for by name that is unknown or was not trained."""
+
+
+class PredictorFormatError(PredictorError):
+    """The files are not a predictor, cannot be read or written, or contradict themselves."""
+
+
+class PredictorVersionError(PredictorError):
+    """The predictor was trained with a newer Expertier."""
+
+
+class PredictorMismatchError(PredictorError):
+    """The predictor was trained for another model."""

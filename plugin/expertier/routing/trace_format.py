@@ -109,6 +109,8 @@ class TraceHeader:
         Whether gate weights and token ids were recorded.
     hidden_size : int
         Width of the sampled router inputs; 0 if there are none.
+    routers : str
+        Digest of the router weights (:func:`expertier.catalog.routers.routers_digest`), empty if unknown.
     """
 
     fingerprint: str
@@ -119,6 +121,7 @@ class TraceHeader:
     weights: bool = False
     tokens: bool = False
     hidden_size: int = 0
+    routers: str = ""
 
     @cached_property
     def position_of(self) -> dict[int, int]:
@@ -313,7 +316,10 @@ def parse_header(path: Path, data: bytes) -> TraceHeader:
             and all(layer.slot_bytes > 0 and layer.stages > 0 for layer in layers)
             and all(len(layer.read_bytes) in (1, layer.experts) for layer in layers)
             and [layer.layer for layer in layers] == sorted({layer.layer for layer in layers})
-            and all(isinstance(text, str) for text in (header.fingerprint, header.architecture, header.model))
+            and all(
+                isinstance(text, str)
+                for text in (header.fingerprint, header.architecture, header.model, header.routers)
+            )
         )
     except (KeyError, TypeError) as error:
         raise TraceFormatError(f"The header of {path} is not one of a trace: {error}.", REMEDY) from error
