@@ -18,13 +18,14 @@ import numpy as np
 
 from expertier.budget import format_bytes, parse_budget
 from expertier.catalog.gguf import build_catalog, read_layout, read_tensor
+from expertier.catalog.sidecar import sidecar_directories
 from expertier.catalog.types import Catalog
 from expertier.config import OffloadOptions
 from expertier.errors import BudgetError, ExpertierError, ManagerClosedError, ModelFormatError, UnsupportedOptionError
 from expertier.manager import ManagerConfig, OffloadManager
 from expertier.planning.memory import memory_left, process_memory
 from expertier.residency.windows import WindowPool
-from expertier.routing import AheadLoader, GainGate, Lookahead, TraceRecorder
+from expertier.routing import AheadLoader, GainGate, Lookahead, ProfileKeeper, TraceRecorder
 from expertier_llamacpp import ggml
 from expertier_llamacpp.buffer import ExpertBuffers
 from expertier_llamacpp.callback import EvalHook
@@ -137,6 +138,10 @@ class Llama(llama_cpp.Llama):
             raise
         self._closing.insert(0, manager.close)
         self.offload = manager
+        keeper = ProfileKeeper(
+            options.profile, catalog, sidecar_directories(catalog.path.parent, options.sidecar_dir), manager
+        )
+        self._closing.insert(0, keeper.close)
         self.recorder = None
         if options.trace is not None:
             width = layouts[0].metadata.get(f"{catalog.architecture}.embedding_length", 0)

@@ -25,7 +25,7 @@ from expertier.errors import BudgetError, ExpertierError, ExpertLoadError, Model
 from expertier.manager import Lease, ManagerConfig, OffloadManager, Phase
 from expertier.planning.memory import memory_left
 from expertier.residency.windows import WindowPool
-from expertier.routing import AheadLoader, GainGate, Lookahead
+from expertier.routing import AheadLoader, GainGate, Lookahead, ProfileKeeper
 from expertier.storage import StorageFile
 from expertier_vllm.checkpoint import CheckpointFiles, SourceReader
 from expertier_vllm.grouping import token_groups
@@ -236,6 +236,7 @@ class Runtime:
             pool.close()
             raise
         weakref.finalize(self, self.manager.close)
+        self._keeper = ProfileKeeper(self._profile_option(), self._catalog, self._directories(), self.manager)
         self._slot = {layer.layer: pool.slot_bytes(layer.layer) for layer in managed}
         self._last = len(self._stages) - 1
         addresses = {name: placement.address for name, placement in pool.placements.items()}
@@ -246,6 +247,11 @@ class Runtime:
                 if part.name not in windowed
             }
             stage.settle(addresses, resident)
+
+    def _profile_option(self) -> str:
+        """What one worker sees of the model is its profile only if it sees all layers; one worker writes it."""
+        whole = {stage.layer for stage in self._stages} == {layer.layer for layer in self._catalog.layers}
+        return self.options.offload.profile if self.facts.rank == 0 and whole else "off"
 
     @property
     def automatic(self) -> bool:
@@ -363,6 +369,8 @@ class Runtime:
 
     def close(self) -> None:
         """Stop I/O and give all memory back; no layer may compute any more."""
+        if hasattr(self, "_keeper"):
+            self._keeper.close()
         if hasattr(self, "manager"):
             self.manager.close()
 

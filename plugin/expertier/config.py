@@ -31,6 +31,10 @@ class OffloadOptions:
     lookahead: Literal["auto", "on", "off"] = _option(
         "auto", "Load the next layer's likely experts early; 'auto' keeps it only while it pays."
     )
+    profile: str = _option(
+        "auto",
+        "What earlier runs learned warms this one: 'auto' = next to the model or in the cache, a file, or 'off'.",
+    )
     repack: Literal["auto", "on", "off"] = _option(
         "auto", "Kernels: 'on' = repacked weights as default llama.cpp (needs a sidecar file), 'off' = plain."
     )

@@ -62,6 +62,10 @@ class SidecarError(ExpertierError):
     """The sidecar file is damaged, belongs to another model, or cannot be written."""
 
 
+class ProfileError(ExpertierError):
+    """The profile of earlier runs is damaged, of another model, or cannot be written."""
+
+
 class ManagerClosedError(ExpertierError):
     """The offload manager was used after it was closed."""
 

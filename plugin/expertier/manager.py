@@ -19,6 +19,7 @@ from expertier.errors import BudgetError, ExpertLoadError, ManagerClosedError
 from expertier.residency import make_policy
 from expertier.residency.base import ExpertSpace, IntArray
 from expertier.residency.pool import ExpertPool
+from expertier.residency.uses import UseCounts
 from expertier.storage import DEMAND, PREFETCH, IoScheduler, ReadRequest
 from expertier.telemetry import PhaseCounters, Stats
 
@@ -174,6 +175,8 @@ class OffloadManager:
             ExpertSpace(layer_of=self._layer_index, layers=len(self._layers)),
             half_life=self.config.half_life,
         )
+        self._uses = UseCounts(total)
+        self._warm = False  # the policy knows from an earlier run what is used often
         self._quotas = dict(self.config.quotas or {})
         self._layer_bytes = dict.fromkeys(self._layers, 0)
 
@@ -205,10 +208,35 @@ class OffloadManager:
     # ---- steps
 
     def warm_up(self) -> None:
-        """Begin to fill the pool where the configuration asks for it and everything fits; returns at once."""
+        """Begin to fill the pool where the configuration asks for it; returns at once.
+
+        What to fill it with must be known: everything fits, or :meth:`warm` told what is used often.
+        """
         with self._lock:
-            if self._budget >= self._stats.total_bytes:
+            if self._warm or self._budget >= self._stats.total_bytes:
                 self._fill()
+
+    def warm(self, chances: Mapping[int, ArrayLike], tokens: float) -> None:
+        """Begin with what an earlier run found.
+
+        Parameters
+        ----------
+        chances : mapping of int to array_like of float, shape (experts,)
+            Layer to the share of tokens that used each of its experts.
+        tokens : float
+            From how many tokens this is known.
+        """
+        flat = np.concatenate([np.asarray(chances[layer], np.float64) for layer in self._layers])
+        with self._lock:
+            self._uses.add(flat, tokens)
+            self._policy.warm(flat)
+            self._warm = True
+
+    def uses(self) -> tuple[dict[int, NDArray[np.float64]], float]:
+        """What :meth:`warm` takes: the share of tokens that used each expert, and of how many tokens."""
+        with self._lock:
+            flat, tokens = self._uses.chances(), self._uses.tokens
+        return {layer: flat[base : base + self._experts[layer]] for layer, base in self._base.items()}, tokens
 
     def begin_step(self, tokens: int = 1, phase: Phase = "decode") -> None:
         """Start a forward pass over `tokens` tokens: of one sequence (prefill) or of one sequence each (decode)."""
@@ -245,6 +273,9 @@ class OffloadManager:
             ages = np.repeat(np.linspace(last, 0, len(table)), table.shape[1])
         with self._lock:
             self._policy.touch(flat, ages)
+            self._uses.note(flat, rows := len(table) if table.ndim == 2 else 1)
+            if layer == self._layers[0]:
+                self._uses.advance(rows)
 
     # ---- working sets
 

@@ -69,6 +69,8 @@ def compare(request: CompareRequest) -> None:
     adapter = get_adapter(request.engine)
     usual = adapter.workloads
     catalog = read_catalog(request.model)
+    if request.options.profile == "auto":  # an arm must not learn from the arms before it, whose texts are the same
+        request = replace(request, options=replace(request.options, profile="off"))
     parse_budget(request.options.budget, catalog.total_expert_bytes)  # a typing error shows now, not as failed arms
     limits = [parse_limit(text, catalog.file_bytes) for text in request.limits or usual.limits]
     requests = _requests(request, usual)

@@ -59,3 +59,6 @@ class EvictionPolicy(Protocol):
 
     def use_probability(self, experts: IntArray) -> FloatArray:
         """Estimated chance that the next token uses each expert, between 0 and 1."""
+
+    def warm(self, chances: FloatArray) -> None:
+        """Begin with what an earlier run found: each expert's chance to be used by a token, shape ``(N,)``."""

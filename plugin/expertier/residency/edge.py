@@ -6,6 +6,8 @@ import numpy as np
 
 from expertier.residency.base import ExpertSpace, FloatArray, IntArray
 
+_WARM_TOKENS = 1024  # what an earlier run found counts as if it had been so long
+
 
 class Edge:
     """Evicts the lowest ``frequency / max(1, (layer - current layer) mod layers)``.
@@ -40,3 +42,7 @@ class Edge:
 
     def use_probability(self, experts: IntArray) -> FloatArray:
         return np.minimum(self._count[experts] / max(self._tokens, 1), 1.0)
+
+    def warm(self, chances: FloatArray) -> None:
+        self._tokens = _WARM_TOKENS
+        self._count = chances * _WARM_TOKENS

@@ -40,3 +40,6 @@ class LFRU:
 
     def use_probability(self, experts: IntArray) -> FloatArray:
         return np.asarray(self._frequency.use_probability(experts))
+
+    def warm(self, chances: FloatArray) -> None:
+        self._frequency.warm(chances)

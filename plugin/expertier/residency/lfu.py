@@ -54,3 +54,6 @@ class LFU:
         scale = self._steady * 2.0**-self._now
         result: FloatArray = np.minimum(self._count[experts] * scale, 1.0)
         return result
+
+    def warm(self, chances: FloatArray) -> None:
+        self._count = chances * (2.0**self._now / self._steady)

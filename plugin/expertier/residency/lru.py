@@ -6,6 +6,8 @@ import numpy as np
 
 from expertier.residency.base import ExpertSpace, FloatArray, IntArray
 
+_RAREST = 1e-9
+
 
 class LRU:
     """Evicts the expert whose last use is oldest.
@@ -37,3 +39,6 @@ class LRU:
         age = np.maximum(self._now + 1.0 - self._last[experts], 0.0)
         result: FloatArray = 1.0 / (1.0 + age)
         return result
+
+    def warm(self, chances: FloatArray) -> None:
+        self._last = self._now - 1.0 / np.maximum(chances, _RAREST)
