@@ -1,0 +1,61 @@
+"""What a batcher is: it decides which of the waiting requests would run together best."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from expertier.residency.base import IntArray
+
+RequestId = Hashable
+"""Whatever an engine calls its requests."""
+
+Path = NDArray[np.float32]
+"""A routing path, shape ``(layers, experts)``: how often the request's tokens use each expert, between 0 and 1.
+
+Rows are in the order of layer positions, padded with zeros where a layer has fewer experts.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """What a batcher sees: everything is in columns, so that it can work without loops over requests.
+
+    Attributes
+    ----------
+    waiting : ndarray of float32, shape (candidates, layers * experts)
+        Paths of the waiting requests, in order of arrival; zeros where nothing is known.
+    running : ndarray of float32, shape (running, layers * experts)
+        Paths of the requests in the batch.
+    usual : ndarray of float32, shape (layers * experts,)
+        What tokens use on average.
+    resident : ndarray of float32, shape (layers * experts,), or None
+        1 for experts in memory, 0 for others; ``None`` when the engine does not tell.
+    room : int
+        Requests that may join, at least one.
+    """
+
+    waiting: NDArray[np.float32]
+    running: NDArray[np.float32]
+    usual: NDArray[np.float32]
+    resident: NDArray[np.float32] | None
+    room: int
+
+
+class Batcher(Protocol):
+    """Chooses who joins. Fairness is not its business: :class:`expertier.scheduling.Admission` bounds what it does."""
+
+    name: str
+
+    def choose(self, now: Round) -> IntArray:
+        """Name the rows of `now.waiting` that should join, the first to join first.
+
+        Returns
+        -------
+        ndarray of int64, shape (at most room,)
+            Fewer than there is room for are filled up in order of arrival: a place is never left empty.
+        """

@@ -1,0 +1,128 @@
+"""Batchers: who of the waiting requests shares experts with those that run."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from expertier.residency.base import IntArray
+from expertier.scheduling.base import Round
+
+
+def unit(paths: NDArray[np.float32], usual: NDArray[np.float32]) -> NDArray[np.float32]:
+    """What sets paths apart from the usual one, each of length 1; zeros where nothing does."""
+    apart = paths - usual
+    length = np.sqrt(np.einsum("ij,ij->i", apart, apart))[:, None]
+    result: NDArray[np.float32] = apart / np.maximum(length, 1e-6)
+    return result
+
+
+class Similarity:
+    """Keeps similar requests together for a while: whoever is closest to its nearest neighbours in the batch joins.
+
+    Neighbours and not the batch's mean: while one kind of request runs out and another takes over, the mean of the two
+    is like neither.
+    """
+
+    name = "similarity"
+
+    def __init__(self, neighbours: int = 2) -> None:
+        self._neighbours = neighbours
+
+    def choose(self, now: Round) -> IntArray:
+        waiting = unit(now.waiting, now.usual)
+        near = np.full((self._neighbours, len(waiting)), -np.inf, np.float32)
+        if len(now.running):
+            alike = waiting @ unit(now.running, now.usual).T
+            for column in alike.T:
+                near = _keep_highest(near, column)
+        return _grow(waiting, near, now.room, self._neighbours)
+
+
+def _keep_highest(near: NDArray[np.float32], fresh: NDArray[np.float32]) -> NDArray[np.float32]:
+    return np.sort(np.vstack([near, fresh]), axis=0)[1:]
+
+
+def _grow(waiting: NDArray[np.float32], near: NDArray[np.float32], room: int, neighbours: int) -> IntArray:
+    chosen: list[int] = []
+    free = np.ones(len(waiting), bool)
+    for _ in range(min(room, len(waiting))):
+        seen = np.isfinite(near)
+        score = np.where(seen, near, 0).sum(axis=0) / np.maximum(seen.sum(axis=0), 1)
+        score[~free] = -np.inf
+        place = int(score.argmax()) if seen.any() else 0
+        chosen.append(place)
+        free[place] = False
+        near = _keep_highest(near, waiting @ waiting[place])
+    return np.array(chosen, np.int64)
+
+
+class Greedy:
+    """Whoever needs the fewest experts that neither the batch uses nor memory holds joins."""
+
+    name = "greedy"
+
+    def __init__(self, resident_bonus: float = 0.5) -> None:
+        self._bonus = resident_bonus
+
+    def choose(self, now: Round) -> IntArray:
+        price = np.ones(now.waiting.shape[1], np.float32)
+        if now.resident is not None:
+            price -= self._bonus * now.resident
+        for path in now.running:
+            price *= 1 - path
+        chosen: list[int] = []
+        free = np.ones(len(now.waiting), bool)
+        for _ in range(min(now.room, len(now.waiting))):
+            cost = now.waiting @ price
+            cost[~free] = np.inf
+            place = int(cost.argmin())
+            chosen.append(place)
+            free[place] = False
+            price = price * (1 - now.waiting[place])
+        return np.array(chosen, np.int64)
+
+
+class Balanced:
+    """Splits the requests into clusters as large as the room (ExpertFlow, section 4) and lets the oldest's join."""
+
+    name = "balanced"
+
+    def __init__(self, rounds: int = 8) -> None:
+        self._rounds = rounds
+
+    def choose(self, now: Round) -> IntArray:
+        waiting = unit(now.waiting, now.usual)
+        alike = waiting @ waiting.T
+        members = np.arange(len(waiting))
+        while len(members) > now.room:
+            members = self._half(alike, members, now.room)
+        return members
+
+    def _half(self, alike: NDArray[np.float32], members: IntArray, room: int) -> IntArray:
+        size = max(room, len(members) // 2)
+        among = alike[np.ix_(members, members)]
+        first, second = 0, int(among[0].argmin())
+        for _ in range(self._rounds):
+            order = np.argsort(among[second] - among[first], kind="stable")
+            ours, others = order[:size], order[size:]
+            medoids = (ours[among[np.ix_(ours, ours)].sum(axis=1).argmax()], second)
+            if len(others):
+                medoids = (medoids[0], others[among[np.ix_(others, others)].sum(axis=1).argmax()])
+            if medoids == (first, second):
+                break
+            first, second = int(medoids[0]), int(medoids[1])
+        half = ours if 0 in ours else others if len(others) >= room else ours
+        return members[np.sort(half)]
+
+
+class Random:
+    """Any order: shows what of a difference is chance."""
+
+    name = "random"
+
+    def __init__(self, seed: int = 0) -> None:
+        self._random = np.random.default_rng(seed)
+
+    def choose(self, now: Round) -> IntArray:
+        return self._random.permutation(len(now.waiting))[: now.room].astype(np.int64)
