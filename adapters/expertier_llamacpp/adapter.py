@@ -91,7 +91,8 @@ class LlamaCppSession:
 
     def substituted(self) -> NDArray[np.float64]:
         """Gate mass that stand-ins took over all decoded tokens so far, shape ``(layers,)``."""
-        return np.zeros(len(self._llama.catalog.layers))
+        virtual = self._llama.virtual
+        return np.zeros(len(self._llama.catalog.layers)) if virtual is None else virtual.mass
 
     def note(self, values: Mapping[str, Any]) -> None:
         """Leave measurements in the trace that is being recorded."""

@@ -31,10 +31,12 @@ from expertier.manager import Lease, OffloadManager, Phase
 from expertier_llamacpp import ggml
 from expertier_llamacpp.gate_input import GateInput
 from expertier_llamacpp.ggml import MEMORY, NAME_OFFSET, OP_OFFSET, SRC_OFFSET, WORDS
+from expertier_llamacpp.router import RouterScores, write_ids
 from expertier_llamacpp.signals import HeldSignals
 
 if TYPE_CHECKING:
     from expertier.routing import AheadLoader
+    from expertier.virtual import VirtualExperts
     from expertier_llamacpp.recording import RouteRecording
 
 _TOPK = b"ffn_moe_topk-"
@@ -56,6 +58,8 @@ class EvalHook:
         Starts loads ahead of the router.
     recording : RouteRecording, optional
         Told of all routes.
+    virtual : VirtualExperts, optional
+        Chooses stand-ins for absent experts.
 
     Attributes
     ----------
@@ -78,9 +82,12 @@ class EvalHook:
         experts: Mapping[int, int],
         ahead: AheadLoader | None = None,
         recording: RouteRecording | None = None,
+        virtual: VirtualExperts | None = None,
     ) -> None:
         self._manager = manager
         self._recording = recording
+        self._virtual = virtual
+        self._router = RouterScores() if virtual is not None else None
         self._experts = dict(experts)
         self._managed: dict[int, tuple[int, int]] = {}
         self._last_stage: dict[int, int] = {}
@@ -126,6 +133,8 @@ class EvalHook:
             # With everything resident there is nothing to stop for: a stop costs the threads a sleep and a waking.
             self._lease = self._manager.hold_all()
             self._quiet = self._step_open = self._lease is not None
+            if self._quiet and self._virtual is not None:
+                self._virtual.begin_step(1, "decode")
         self.compute_node = 0
         self._previous_layer = self._owed_layer = -1
         self._stopped_at = 0
@@ -157,6 +166,8 @@ class EvalHook:
 
     def _end_step(self) -> None:
         self._manager.end_step()
+        if self._virtual is not None:
+            self._virtual.end_step()
         if self._recording is not None:
             self._recording.end_step(failed=self.error is not None)
 
@@ -208,6 +219,8 @@ class EvalHook:
                 self._end_step()
             phase: Phase = "decode" if len(routes) == 1 else "prefill"
             self._manager.begin_step(len(routes), phase)
+            if self._virtual is not None:
+                self._virtual.begin_step(len(routes), phase)
             if self._recording is not None:
                 self._recording.begin_step(len(routes), phase)
             self._step_open = True
@@ -216,11 +229,24 @@ class EvalHook:
         self._manager.observe(layer, routes)
         if self._recording is not None:
             self._recording.layer(layer, routes, node)
-        self._lease = self._manager.acquire(layer, routes, wait=False)
+        chosen = self._stand_ins(layer, routes, node)
+        self._lease = self._manager.acquire(layer, chosen, wait=False)
         self._lease_is_whole = False
         self._owed_layer = layer
-        if self._ahead is not None:
+        # What a prediction would load while stand-ins are allowed is mostly what they stand in for.
+        if self._ahead is not None and not (self._virtual is not None and self._virtual.substituting):
             self._ahead.after_router(layer, routes, lambda: self._gate_input.of(node), decode=len(routes) == 1)
+
+    def _stand_ins(self, layer: int, routes: NDArray[np.int64], node: int) -> NDArray[np.int64]:
+        """Let resident experts stand in for absent ones: the ids in the graph become those that are returned."""
+        virtual, router = self._virtual, self._router
+        if virtual is None or router is None or not virtual.substituting:
+            return routes
+        resident = self._manager.resident(layer, arriving=not virtual.hard)
+        chosen = virtual.choose(layer, routes, resident, lambda: router.of(node, routes))
+        if chosen is not routes:
+            write_ids(node, chosen)
+        return chosen
 
     def _before_experts(self, node: int) -> bool:
         word = (node + SRC_OFFSET) >> 3

@@ -26,12 +26,14 @@ from expertier.manager import ManagerConfig, OffloadManager
 from expertier.planning.memory import memory_left, process_memory
 from expertier.residency.windows import WindowPool
 from expertier.routing import AheadLoader, GainGate, Lookahead, ProfileKeeper, TraceRecorder
+from expertier.virtual import VirtualExperts, VirtualSettings
 from expertier_llamacpp import ggml
 from expertier_llamacpp.buffer import ExpertBuffers
 from expertier_llamacpp.callback import EvalHook
 from expertier_llamacpp.governor import BudgetGovernor, StepMemory
 from expertier_llamacpp.loading import ModelLoader, open_files
 from expertier_llamacpp.recording import RouteRecording, trace_header
+from expertier_llamacpp.router import refuse_unknown
 from expertier_llamacpp.sidecar import choose_kernels
 from expertier_llamacpp.signals import HeldSignals
 
@@ -75,6 +77,9 @@ class Llama(llama_cpp.Llama):
         The model's experts.
     recorder : TraceRecorder or None
         Writes the routes where ``expert_trace`` says.
+    virtual : VirtualExperts or None
+        Stand-ins for absent experts where ``expert_virtual_bias`` is given: ``.bias`` may be set while running,
+        ``.stats()`` tells what was replaced.
 
     Raises
     ------
@@ -92,6 +97,7 @@ class Llama(llama_cpp.Llama):
     offload: OffloadManager
     catalog: Catalog
     recorder: TraceRecorder | None
+    virtual: VirtualExperts | None
 
     def __init__(self, model_path: str, **kwargs: Any) -> None:
         own = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith(_KEYWORD)}
@@ -104,6 +110,11 @@ class Llama(llama_cpp.Llama):
         layouts = read_layout(model_path)
         self.catalog = build_catalog(layouts)
         parse_budget(options.budget, self.catalog.total_expert_bytes)  # a slip of the pen is told before any work
+        settings = VirtualSettings.from_options(options, top_k=min(layer.top_k for layer in self.catalog.layers))
+        self.virtual = None
+        if settings is not None:
+            refuse_unknown(self.catalog.architecture)
+            self.virtual = VirtualExperts([layer.layer for layer in self.catalog.layers], settings)
         try:
             self._construct(model_path, kwargs, options, layouts)
         except BaseException:
@@ -161,7 +172,14 @@ class Llama(llama_cpp.Llama):
                 last_is_narrow=True,
             )
             recording = RouteRecording(self.recorder, hidden_every=options.trace_hidden) if self.recorder else None
-            self._hook = EvalHook(manager=manager, tensors=tensors, experts=experts, ahead=ahead, recording=recording)
+            self._hook = EvalHook(
+                manager=manager,
+                tensors=tensors,
+                experts=experts,
+                ahead=ahead,
+                recording=recording,
+                virtual=self.virtual,
+            )
             return self._hook.callback
 
         loader = ModelLoader(
@@ -233,7 +251,8 @@ class Llama(llama_cpp.Llama):
             f"expertier: {self.catalog.architecture}, {stats.total_experts} experts of "
             f"{format_bytes(self.catalog.largest_expert_bytes)}, budget {format_bytes(stats.budget_bytes)} of "
             f"{format_bytes(stats.total_bytes)} ({100 * stats.budget_bytes / stats.total_bytes:.0f} %), "
-            f"policy {self.offload.config.policy}, {self._kernels.words}, lossless"
+            f"policy {self.offload.config.policy}, {self._kernels.words}, "
+            f"{'lossless' if self.virtual is None else self.virtual.words()}"
         )
 
     def __getstate__(self) -> dict[str, Any]:

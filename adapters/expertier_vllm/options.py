@@ -75,6 +75,8 @@ class VllmOptions:
             raise UnsupportedOptionError(
                 "trace is not possible in vLLM yet.", "Record with llama.cpp: expertier profile MODEL.gguf."
             )
+        if offload.virtual_bias is not None or offload.virtual_hard == "on":
+            raise UnsupportedOptionError("Virtual experts are not possible in vLLM yet.", "Use them with llama.cpp.")
         parse_budget(offload.budget, 1 << 60)  # a slip of the pen is told before any work
         return cls(offload=offload, **{name: _flag(name, given[name]) for name in given if name in own})
 

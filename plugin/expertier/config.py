@@ -13,8 +13,8 @@ from expertier.errors import UnsupportedOptionError
 ENV_PREFIX = "EXPERTIER_"
 
 
-def _option(default: Any, help_text: str) -> Any:
-    return field(default=default, metadata={"help": help_text})  # a number is always one above zero
+def _option(default: Any, help_text: str, *, zero: bool = False) -> Any:
+    return field(default=default, metadata={"help": help_text, "zero": zero})  # other numbers are above zero
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +45,17 @@ class OffloadOptions:
     trace: str | None = _option(None, "Record the routers' choices into this file; a trace of the model is continued.")
     trace_tokens: Literal["off", "on"] = _option("off", "Record token ids, too: they tell what was read and written.")
     trace_hidden: int | None = _option(None, "Record the routers' inputs of every so many decoded tokens, too.")
+    virtual_bias: float | None = _option(
+        None,
+        "Lossy: resident experts stand in for absent ones; this share of the router's range of scores is what "
+        "residency is worth (0.1 is mild, 0.4 strong).",
+        zero=True,
+    )
+    virtual_protect: int | None = _option(None, "So many of a token's first experts are never stood in for.")
+    virtual_prefill: Literal["off", "on"] = _option("off", "Whether prompts may be computed with stand-ins, too.")
+    virtual_hard: Literal["off", "on"] = _option(
+        "off", "Very lossy: tokens go to resident experts only and no step waits (SwapMoE as published)."
+    )
 
     @classmethod
     def from_mapping(cls, given: Mapping[str, Any] | None = None) -> OffloadOptions:
@@ -79,10 +90,13 @@ class OffloadOptions:
                 values[name] = value
                 origins[name] = name
         hints = get_type_hints(cls)
-        return cls(**{name: _convert(origins[name], value, hints[name]) for name, value in values.items()})
+        zeros = {option.name for option in fields(cls) if option.metadata["zero"]}
+        return cls(
+            **{name: _convert(origins[name], value, hints[name], zero=name in zeros) for name, value in values.items()}
+        )
 
 
-def _convert(name: str, value: Any, hint: Any) -> Any:
+def _convert(name: str, value: Any, hint: Any, *, zero: bool) -> Any:
     if get_origin(hint) is Literal:
         if isinstance(value, bool):
             value = "on" if value else "off"
@@ -93,17 +107,17 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
     accepted = get_args(hint) or (hint,)
     for kind in (int, float):
         if kind in accepted and str not in accepted:
-            return _number(name, value, kind)
+            return _number(name, value, kind, zero=zero)
     return value
 
 
-def _number(name: str, value: Any, kind: type[int] | type[float]) -> int | float:
+def _number(name: str, value: Any, kind: type[int] | type[float], *, zero: bool) -> int | float:
     try:
         number = kind(value)
     except (TypeError, ValueError, OverflowError) as error:
         raise UnsupportedOptionError(f"{name}={value!r} is not a number.") from error
     if isinstance(value, bool) or (kind is int and isinstance(value, float) and number != value):
         raise UnsupportedOptionError(f"{name}={value!r} is not a whole number.")
-    if not (math.isfinite(number) and number > 0):
-        raise UnsupportedOptionError(f"{name}={value!r} is not above zero.")
+    if not (math.isfinite(number) and (number > 0 or (zero and number == 0))):
+        raise UnsupportedOptionError(f"{name}={value!r} is not above zero{', nor zero' if zero else ''}.")
     return number

@@ -850,11 +850,14 @@ class OffloadManager:
             self._stats.prefetch_bytes_read = self._io.prefetch_bytes_read
             return copy.deepcopy(self._stats)
 
-    def resident(self, layer: int) -> NDArray[np.bool_]:
-        """Which experts of a layer are resident, shape ``(experts,)``."""
+    def resident(self, layer: int, *, arriving: bool = False) -> NDArray[np.bool_]:
+        """Which experts of a layer are resident, or with `arriving` at least on their way, shape ``(experts,)``."""
         base = self._base[layer]
         with self._lock:
-            resident: NDArray[np.bool_] = self._state[base : base + self._experts[layer]] == _RESIDENT
+            state = self._state[base : base + self._experts[layer]]
+            resident: NDArray[np.bool_] = state == _RESIDENT
+            if arriving:
+                resident |= state == _LOADING
         return resident
 
     def close(self) -> None:

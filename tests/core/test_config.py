@@ -49,12 +49,16 @@ def test_every_option_can_come_from_the_environment(monkeypatch: pytest.MonkeyPa
         "trace": "a file",
         "trace_tokens": "on",
         "trace_hidden": "16",
+        "virtual_bias": "0",
+        "virtual_protect": "1",
+        "virtual_prefill": "on",
+        "virtual_hard": "on",
     }
     assert set(texts) == {option.name for option in fields(OffloadOptions)}
     for name, text in texts.items():
         monkeypatch.setenv(ENV_PREFIX + name.upper(), text)
     options = OffloadOptions.from_mapping()
-    converted = {"half_life": 12.5, "io_threads": 4, "trace_hidden": 16}
+    converted = {"half_life": 12.5, "io_threads": 4, "trace_hidden": 16, "virtual_bias": 0.0, "virtual_protect": 1}
     assert {name: getattr(options, name) for name in texts} == texts | converted
 
 
@@ -101,6 +105,9 @@ def test_an_unknown_option_is_refused_with_the_names_that_exist() -> None:
         ({"half_life": float("nan")}, "half_life=nan is not above zero."),
         ({"half_life": "inf"}, "half_life='inf' is not above zero."),
         ({"half_life": [16]}, "half_life=[16] is not a number."),
+        ({"virtual_bias": -0.1}, "virtual_bias=-0.1 is not above zero, nor zero."),
+        ({"virtual_bias": "inf"}, "virtual_bias='inf' is not above zero, nor zero."),
+        ({"virtual_protect": 0}, "virtual_protect=0 is not above zero."),
     ],
 )
 def test_a_value_that_makes_no_sense_is_refused(given: dict[str, Any], message: str) -> None:

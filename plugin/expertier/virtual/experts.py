@@ -10,7 +10,8 @@ from typing import Literal
 
 import numpy as np
 
-from expertier.errors import VirtualExpertsError
+from expertier.config import OffloadOptions
+from expertier.errors import UnsupportedOptionError, VirtualExpertsError
 from expertier.residency.base import IntArray
 from expertier.virtual.selection import Bools, Floats, choose
 
@@ -33,6 +34,52 @@ class VirtualSettings:
     bias: float = 0.0
     protect: int = 0
     prefill: bool = False
+
+    @classmethod
+    def from_options(cls, options: OffloadOptions, *, top_k: int) -> VirtualSettings | None:
+        """Read them from the one table; ``None`` when virtual experts were not asked for.
+
+        Parameters
+        ----------
+        options : OffloadOptions
+            What the user set.
+        top_k : int
+            Experts per token, the least of all layers.
+
+        Raises
+        ------
+        UnsupportedOptionError
+            For options that contradict each other.
+        """
+        hard = options.virtual_hard == "on"
+        protect = options.virtual_protect or 0
+        if hard and options.virtual_bias is not None:
+            raise UnsupportedOptionError(
+                "virtual_hard and virtual_bias contradict each other: a hard mask is an infinite bias.", "Give one."
+            )
+        if hard and protect:
+            raise UnsupportedOptionError(
+                "virtual_hard and virtual_protect contradict each other: a protected expert that is absent makes a "
+                "step wait.",
+                "Use virtual_bias instead of virtual_hard.",
+            )
+        if not hard and options.virtual_bias is None:
+            if protect or options.virtual_prefill == "on":
+                raise UnsupportedOptionError(
+                    "virtual_protect and virtual_prefill do nothing without virtual_bias.", "Give virtual_bias, too."
+                )
+            return None
+        if protect >= top_k:
+            raise UnsupportedOptionError(
+                f"virtual_protect={protect} protects all {top_k} experts of a token.", "Give a smaller number."
+            )
+        if options.trace is not None:
+            raise UnsupportedOptionError(
+                "A trace says how the exact model routes, so it is not recorded with virtual experts.",
+                "Leave out trace, or virtual_bias.",
+            )
+        bias = math.inf if hard else float(options.virtual_bias or 0)
+        return cls(bias=bias, protect=protect, prefill=options.virtual_prefill == "on")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,6 +268,8 @@ class VirtualExperts:
 
     def words(self) -> str:
         """What the mode line says of it."""
+        if not self._bias:
+            return "lossless (virtual experts at bias 0)"
         if self.hard:
             return "lossy: resident experts only"
         protected = f", first {self.settings.protect} protected" if self.settings.protect else ""

@@ -1,0 +1,154 @@
+"""What a router ranked its experts by, found in llama.cpp's graph.
+
+Upstream: ``llm_graph_context::build_moe_ffn`` (src/llama-graph.cpp). The chosen ids are a view of the sorted ids of all
+experts, and those are made of nothing but the scores. At the stop after the view, the next node in the graph gathers
+the gate weights by these ids from the unbiased probabilities, and all multiplications by experts use the same ids: who
+writes other ids into the view changes the choice and leaves the rest to the model. Nothing else reads the sorted ids.
+
+The scores' memory is still intact at that stop, because it is given to another node at the earliest when one comes
+that was not computed yet. That of logits under a softmax may not be: llama.cpp computes a softmax in place.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from expertier.errors import UnsupportedModelError
+from expertier.virtual import as_logits
+from expertier.virtual.selection import Scale
+from expertier_llamacpp import ggml
+
+ARCHITECTURES: Final = frozenset({"qwen3moe", "olmoe", "llama", "qwen2moe", "deepseek2", "gpt-oss", "hy_v3"})
+"""Architectures whose routers are known to be of this kind; tests look at what each of them computes."""
+
+_F32: Final = 0  # Upstream: GGML_TYPE_F32
+_SIGMOID: Final = 7  # Upstream: GGML_UNARY_OP_SIGMOID
+_DEPTH: Final = 12  # nodes between the sorted ids and the probabilities, generously
+
+Scores = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where scores lie and what they are; probabilities of 0 mean that the weights are a softmax of chosen scores."""
+
+    scores: int
+    scale: Scale
+    probabilities: int
+
+
+class RouterScores:
+    """Reads a router's scores and gate weights at the stop after its top-k."""
+
+    def __init__(self) -> None:
+        self._sorted = ggml.op_number("ARGSORT")
+        self._softmax = ggml.op_number("SOFT_MAX")
+        self._unary = ggml.op_number("UNARY")
+        self._add = ggml.op_number("ADD")
+        self._mul_mat = ggml.op_number("MUL_MAT")
+        # Closing groups of experts copies the scores of open ones into a tensor of minus infinity.
+        self._through = frozenset(ggml.op_number(name) for name in ("RESHAPE", "VIEW", "SET_ROWS", "GET_ROWS"))
+
+    def of(self, node: int, routes: NDArray[np.int64]) -> tuple[Scores, Scores]:
+        """Return what a router ranked by and the gate weights of what it chose.
+
+        Parameters
+        ----------
+        node : int
+            Address of the node with the ids, just computed.
+        routes : ndarray of int64, shape (tokens, top_k)
+            Its contents.
+
+        Returns
+        -------
+        scores : ndarray of float32, shape (tokens, experts)
+            Comparable by difference; ``-inf`` for experts of closed groups. Valid until the graph goes on.
+        weights : ndarray of float32, shape (tokens, top_k)
+            Before any renormalisation over the chosen.
+
+        Raises
+        ------
+        UnsupportedModelError
+            When the graph is not as it is for the verified architectures.
+        """
+        source = self._find(node)
+        scores = as_logits(_table(source.scores, len(routes)), source.scale)
+        if source.probabilities:
+            weights = np.take_along_axis(_table(source.probabilities, len(routes)), routes, axis=1)
+        else:
+            chosen = np.take_along_axis(scores, routes, axis=1)
+            weights = np.exp(chosen - chosen.max(axis=1, keepdims=True))
+        return scores, weights
+
+    def _find(self, node: int) -> _Source:
+        ids = ggml.Tensor.from_address(node)
+        order = ggml.Tensor.from_address(ids.view_src) if ids.view_src else None
+        if order is None or order.op != self._sorted or ids.view_offs:
+            raise _unknown("its chosen experts are no view of sorted ones")
+        scores = address = order.src[0]
+        for _ in range(_DEPTH):
+            tensor = ggml.Tensor.from_address(address)
+            if tensor.op in self._through:
+                address = tensor.src[0]
+                continue
+            kind = self._probability(tensor)
+            if kind is not None:
+                return _Source(scores, kind, address)
+            if tensor.op == self._add:
+                if self._probability(ggml.Tensor.from_address(tensor.src[0])) is not None:
+                    return _Source(scores, "logits", tensor.src[0])  # ranked with a correction: as they are
+                if ggml.Tensor.from_address(tensor.src[0]).op == self._mul_mat:
+                    return _Source(scores, "logits", 0)
+            if tensor.op == self._mul_mat:
+                return _Source(scores, "logits", 0)
+            break
+        raise _unknown("its scores are computed in an unknown way")
+
+    def _probability(self, tensor: ggml.Tensor) -> Scale | None:
+        if tensor.op == self._softmax:
+            return "softmax"
+        if tensor.op == self._unary and tensor.op_params[0] == _SIGMOID:
+            return "sigmoid"
+        return None
+
+
+def write_ids(node: int, ids: NDArray[np.int64]) -> None:
+    """Replace the ids in a top-k node, shape ``(tokens, top_k)``."""
+    tensor = ggml.Tensor.from_address(node)
+    for token, row in enumerate(ids.tolist()):
+        (ctypes.c_int32 * len(row)).from_address(tensor.data + token * tensor.nb[1])[:] = row
+
+
+def refuse_unknown(architecture: str) -> None:
+    """Refuse architectures whose routers were not verified.
+
+    Raises
+    ------
+    UnsupportedModelError
+        With the names of those that were.
+    """
+    if architecture not in ARCHITECTURES:
+        raise UnsupportedModelError(
+            f"Virtual experts are not verified with architecture {architecture!r} in llama.cpp.",
+            f"Leave out the virtual_ options; verified are: {', '.join(sorted(ARCHITECTURES))}.",
+        )
+
+
+def _table(address: int, tokens: int) -> Scores:
+    tensor = ggml.Tensor.from_address(address)
+    experts = tensor.ne[0]
+    if tensor.type != _F32 or tensor.ne[1] != tokens or tensor.nb[1] != 4 * experts or not tensor.data:
+        raise _unknown("its scores do not lie as one row of floats for every token")
+    flat = np.frombuffer((ctypes.c_float * (experts * tokens)).from_address(tensor.data), np.float32)
+    return flat.reshape(tokens, experts)
+
+
+def _unknown(reason: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"A router of this model cannot be given virtual experts: {reason}.", "Leave out the virtual_ options."
+    )

@@ -1,0 +1,211 @@
+"""Virtual experts in llama.cpp: what is chosen is what is computed, and bias 0 is the stock engine."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from expertier.errors import UnsupportedModelError, UnsupportedOptionError
+from expertier_llamacpp import Llama, ggml, router
+from expertier_llamacpp.callback import EvalHook
+from expertier_llamacpp.router import ARCHITECTURES as VERIFIED
+from expertier_llamacpp.router import RouterScores, refuse_unknown
+from llamacpp.engines import PROMPT, closing, expertier, last_logits, sizes, stock_trace, trace
+from support.tiny_gguf import ARCHITECTURES, TinySpec
+
+pytestmark = pytest.mark.engine
+
+TinyModel = Callable[[TinySpec], Path]
+
+
+def spec(architecture: str = "qwen3moe") -> TinySpec:
+    return TinySpec(architecture=architecture, experts=16, top_k=4, feed_forward=64, expert_type="F16")
+
+
+def tight(path: Path) -> int:
+    """A budget that makes most tokens lack an expert and still holds a micro-batch of a prompt."""
+    need = sizes(path)
+    return max(need.layer, need.total // 3)
+
+
+class Watch:
+    """What the layers of decode steps were given: routes, scores, weights, residents and the choice."""
+
+    def __init__(self, llm: Llama) -> None:
+        self.seen: list[tuple[Any, ...]] = []
+        virtual = llm.virtual
+        assert virtual is not None
+        stock = virtual.choose
+
+        def choose(layer: int, routes: Any, resident: Any, ask: Any, **more: Any) -> Any:
+            scores, weights = (np.array(item) for item in ask())
+            chosen = stock(layer, routes, resident, ask, **more)
+            self.seen.append((layer, routes, scores, weights, resident, chosen))
+            return chosen
+
+        virtual.choose = choose  # type: ignore[method-assign]
+
+
+def test_the_verified_architectures_are_those_that_are_tested() -> None:
+    assert frozenset(ARCHITECTURES) == VERIFIED
+    with pytest.raises(UnsupportedModelError, match=r"'grok'.*verified are: deepseek2, gpt-oss"):
+        refuse_unknown("grok")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_bias_zero_gives_the_logits_of_the_stock_engine(tiny_model: TinyModel, architecture: str) -> None:
+    path = tiny_model(spec(architecture))
+    expected = stock_trace(path)
+    with closing(expertier(path, tight(path), expert_virtual_bias=0)) as llm:
+        assert trace(llm) == expected
+        assert "lossless" in llm.mode_line()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_scores_read_from_the_graph_rank_as_the_router_does(tiny_model: TinyModel, architecture: str) -> None:
+    path = tiny_model(spec(architecture))
+    with closing(expertier(path, tight(path), expert_virtual_bias=0.1, expert_virtual_prefill="on")) as llm:
+        watch = Watch(llm)
+        trace(llm, steps=4)
+        assert {len(routes) for _, routes, *_ in watch.seen} > {1}
+        for _, routes, scores, weights, _, _ in watch.seen:
+            best = -np.sort(-scores, axis=1)[:, : routes.shape[1]]
+            assert (np.take_along_axis(scores, routes, axis=1) == best).all()
+            assert (weights > 0).all() and (weights <= 1).all()
+            if architecture == "deepseek2":  # two of four groups are closed
+                assert (np.isneginf(scores).sum(axis=1) == 8).all()
+            else:
+                assert np.isfinite(scores).all()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_stand_ins_are_computed_with_the_router_s_own_weights(
+    tiny_model: TinyModel, architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tables: list[Any] = []
+    gathered: list[tuple[int, Any]] = []
+    read, on_eval = RouterScores.of, EvalHook._on_eval
+
+    def reading(self: RouterScores, node: int, routes: Any) -> Any:
+        source = self._find(node)
+        tables.append(router._table(source.probabilities or source.scores, len(routes)).copy())
+        return read(self, node, routes)
+
+    def listening(self: EvalHook, node: int, ask: bool, data: int | None) -> bool:
+        tensor = ggml.Tensor.from_address(node)
+        name = tensor.name.decode()
+        if not re.fullmatch(r"ffn_moe_weights-\d+", name):
+            return on_eval(self, node, ask, data)
+        if not ask:
+            values = (ctypes.c_float * tensor.ne[1]).from_address(tensor.data)
+            gathered.append((int(name.rpartition("-")[2]), np.array(values[:], np.float32)))
+        return True
+
+    monkeypatch.setattr(RouterScores, "of", reading)
+    monkeypatch.setattr(EvalHook, "_on_eval", listening)
+    path = tiny_model(spec(architecture))
+    with closing(expertier(path, tight(path), expert_virtual_bias=0.5)) as llm:
+        llm.eval(PROMPT)
+        watch = Watch(llm)
+        tables.clear()
+        gathered.clear()
+        for token in PROMPT[:12]:
+            llm.eval([token])
+        assert llm.virtual is not None
+        # `Watch` asks first, the choice itself asks again where an expert is absent.
+        probabilities = iter(tables)
+        replaced = 0
+        assert len(watch.seen) == len(gathered)
+        for (layer, routes, scores, _, resident, chosen), (computed_layer, weights) in zip(
+            watch.seen, gathered, strict=True
+        ):
+            table = next(probabilities)
+            if not resident[routes].all():
+                assert (next(probabilities) == table).all()
+            assert layer == computed_layer
+            assert (weights == table[0, chosen[0]]).all()
+            assert len(set(chosen[0].tolist())) == chosen.shape[1]
+            assert resident[chosen[chosen != routes]].all()
+            assert np.isfinite(scores[0, chosen[0]]).all()
+            replaced += int((chosen != routes).sum())
+        assert replaced == llm.virtual.substituted.sum() > 0
+
+
+def test_substitution_saves_loads_and_is_told(tiny_model: TinyModel) -> None:
+    path = tiny_model(spec())
+    misses = []
+    for bias in (0, 0.1, 0.5):
+        with closing(expertier(path, tight(path), expert_virtual_bias=bias)) as llm:
+            llm.eval(PROMPT)
+            start = llm.offload.stats().decode
+            for token in PROMPT:
+                llm.eval([token])
+            stats = llm.offload.stats().decode
+            misses.append(stats.misses + stats.late - start.misses - start.late)
+            assert llm.virtual is not None
+            told = llm.virtual.stats()
+            if bias:
+                assert (told.tokens, told.exact_tokens) == (len(PROMPT), len(PROMPT))
+                assert 0 < max(told.substituted_mass) < max(told.substituted_share) < 1
+                assert f"lossy: resident experts preferred by {bias}" in llm.mode_line()
+    assert misses[0] > misses[1] > misses[2]
+
+
+def test_a_prompt_is_exact_unless_asked(tiny_model: TinyModel) -> None:
+    path = tiny_model(spec())
+    prompts = {}
+    for prefill in ("off", "on"):
+        with closing(expertier(path, tight(path), expert_virtual_bias=0.5, expert_virtual_prefill=prefill)) as llm:
+            llm.eval(PROMPT)
+            prompts[prefill] = last_logits(llm).tobytes()
+    expected = stock_trace(path, steps=0)[0]
+    assert prompts["off"] == expected != prompts["on"]
+
+
+def test_the_bias_can_be_turned_down_to_exactness_and_up_again(tiny_model: TinyModel) -> None:
+    path = tiny_model(spec())
+    expected = stock_trace(path)
+    with closing(expertier(path, tight(path), expert_virtual_bias=0.5)) as llm:
+        assert llm.virtual is not None
+        lossy = trace(llm)
+        assert lossy[0] == expected[0] and lossy != expected
+        llm.virtual.bias = 0
+        llm.reset()
+        assert trace(llm) == expected
+        llm.virtual.bias = 0.5
+        llm.reset()
+        assert trace(llm) != expected
+
+
+def test_with_every_expert_resident_the_bias_has_no_effect(tiny_model: TinyModel) -> None:
+    path = tiny_model(spec())
+    with closing(expertier(path, "100%", expert_virtual_bias=0.5)) as llm:
+        for layer in llm.catalog.layers:
+            llm.offload.acquire(layer.layer, range(layer.experts)).release()
+        assert trace(llm) == stock_trace(path)
+        assert llm.virtual is not None
+        assert llm.virtual.tokens == 16 and not llm.virtual.substituted.any()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"expert_virtual_protect": 1}, "do nothing without virtual_bias"),
+        ({"expert_virtual_prefill": "on"}, "do nothing without virtual_bias"),
+        ({"expert_virtual_bias": 0.1, "expert_virtual_hard": "on"}, "contradict each other"),
+        ({"expert_virtual_protect": 1, "expert_virtual_hard": "on"}, "contradict each other"),
+        ({"expert_virtual_bias": 0.1, "expert_virtual_protect": 4}, "protects all 4 experts"),
+        ({"expert_virtual_bias": 0.1, "expert_trace": "a.trace"}, "trace says how the exact model routes"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(
+    tiny_model: TinyModel, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UnsupportedOptionError, match=message):
+        expertier(tiny_model(spec()), "100%", **options)
