@@ -26,6 +26,7 @@ from expertier.manager import ManagerConfig, OffloadManager
 from expertier.planning.memory import memory_left, process_memory
 from expertier.residency.windows import WindowPool
 from expertier.routing import AheadLoader, GainGate, Lookahead, ProfileKeeper, TraceRecorder
+from expertier.routing.opening import gate_mode, open_predictor
 from expertier.virtual import VirtualExperts, VirtualSettings
 from expertier_llamacpp import ggml
 from expertier_llamacpp.buffer import ExpertBuffers
@@ -66,9 +67,6 @@ class Llama(llama_cpp.Llama):
     expert_budget : str or int, default "auto"
         Memory for experts: bytes, ``"8GiB"``, ``"25%"`` of all experts, or ``"auto"`` = all that the tightest memory
         limit (control group or free memory) leaves beside everything else.
-    max_sequences : int, default 1
-        Sequences the context can hold at a time, in one KV buffer of `n_ctx` tokens. This class itself uses one;
-        :class:`expertier_llamacpp.BatchEngine` uses all.
     **kwargs
         Other ``expert_`` options and everything ``llama_cpp.Llama`` takes.
 
@@ -106,11 +104,10 @@ class Llama(llama_cpp.Llama):
         own = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith(_KEYWORD)}
         self._closing: list[Callable[[], None]] = []
         self._use = _Use()
-        sequences = kwargs.pop("max_sequences", 1)
-        self._offload_arguments = own if sequences == 1 else {**own, "max_sequences": sequences}
+        self._offload_arguments = own
         ggml.self_check()
         options = OffloadOptions.from_mapping({name[len(_KEYWORD) :]: value for name, value in own.items()})
-        _refuse_options(kwargs, sequences)
+        _refuse_options(kwargs)
         layouts = read_layout(model_path)
         self.catalog = build_catalog(layouts)
         parse_budget(options.budget, self.catalog.total_expert_bytes)  # a slip of the pen is told before any work
@@ -120,7 +117,7 @@ class Llama(llama_cpp.Llama):
             refuse_unknown(self.catalog.architecture)
             self.virtual = VirtualExperts([layer.layer for layer in self.catalog.layers], settings)
         try:
-            self._construct(model_path, kwargs, options, layouts, sequences)
+            self._construct(model_path, kwargs, options, layouts)
         except BaseException:
             self.close()
             raise
@@ -129,9 +126,7 @@ class Llama(llama_cpp.Llama):
             print(self.mode_line(), file=sys.stderr)
         logger.info("%s", self.mode_line())
 
-    def _construct(
-        self, model_path: str, kwargs: dict[str, Any], options: OffloadOptions, layouts: Any, sequences: int
-    ) -> None:
+    def _construct(self, model_path: str, kwargs: dict[str, Any], options: OffloadOptions, layouts: Any) -> None:
         catalog = self.catalog
         self._kernels = kernels = choose_kernels(catalog, layouts, options)
         files = open_files((*catalog.files, *kernels.files), options.io_mode)
@@ -155,9 +150,9 @@ class Llama(llama_cpp.Llama):
             raise
         self._closing.insert(0, manager.close)
         self.offload = manager
-        keeper = ProfileKeeper(
-            options.profile, catalog, sidecar_directories(catalog.path.parent, options.sidecar_dir), manager
-        )
+        directories = sidecar_directories(catalog.path.parent, options.sidecar_dir)
+        predictor = open_predictor(options.predictor, catalog, directories)
+        keeper = ProfileKeeper(options.profile, catalog, directories, manager)
         self._closing.insert(0, keeper.close)
         self.recorder = None
         if options.trace is not None:
@@ -173,10 +168,13 @@ class Llama(llama_cpp.Llama):
                 manager=manager,
                 experts=experts,
                 lookahead=_make_lookahead(catalog, layouts) if options.lookahead != "off" else None,
-                gate=GainGate(options.lookahead),
+                gate=GainGate(gate_mode(options.lookahead, predictor)),
+                predictor=predictor,
                 # llama.cpp drops rows without output before the last layer's experts: of a prompt one row is left.
                 last_is_narrow=True,
             )
+            self._ahead = ahead
+            keeper.predictor = predictor.name if predictor is not None else ""
             recording = RouteRecording(self.recorder, hidden_every=options.trace_hidden) if self.recorder else None
             self._hook = EvalHook(
                 manager=manager,
@@ -194,7 +192,6 @@ class Llama(llama_cpp.Llama):
             buffers=buffers,
             extra_buffer_types=kernels.extra_buffer_types,
             on_loaded=on_loaded,
-            sequences=sequences,
         )
         before = process_memory()
         try:
@@ -217,7 +214,6 @@ class Llama(llama_cpp.Llama):
                 margin=_margin(options),
                 smallest=smallest,
                 largest=largest,
-                resting=sequences,
             )
         self._guard_compute()
         manager.warm_up()
@@ -259,7 +255,7 @@ class Llama(llama_cpp.Llama):
             f"expertier: {self.catalog.architecture}, {stats.total_experts} experts of "
             f"{format_bytes(self.catalog.largest_expert_bytes)}, budget {format_bytes(stats.budget_bytes)} of "
             f"{format_bytes(stats.total_bytes)} ({100 * stats.budget_bytes / stats.total_bytes:.0f} %), "
-            f"policy {self.offload.config.policy}, {self._kernels.words}, "
+            f"policy {self.offload.config.policy}, prediction by {self._ahead.words()}, {self._kernels.words}, "
             f"{'lossless' if self.virtual is None else self.virtual.words()}"
         )
 
@@ -327,12 +323,7 @@ def _check_machine(budget: int, promised: int) -> None:
         )
 
 
-def _refuse_options(kwargs: dict[str, Any], sequences: int) -> None:
-    most = llama_cpp.llama_max_parallel_sequences()
-    if isinstance(sequences, bool) or not isinstance(sequences, int) or not 1 <= sequences <= most:
-        raise UnsupportedOptionError(
-            f"max_sequences={sequences!r} is not possible.", f"llama.cpp holds 1 to {most} sequences."
-        )
+def _refuse_options(kwargs: dict[str, Any]) -> None:
     if kwargs.get("n_gpu_layers"):
         raise UnsupportedOptionError(
             "n_gpu_layers > 0 is not supported: Expertier manages experts in main memory.", "Leave n_gpu_layers at 0."

@@ -31,6 +31,10 @@ class OffloadOptions:
     lookahead: Literal["auto", "on", "off"] = _option(
         "auto", "Load the next layer's likely experts early; 'auto' keeps it only while it pays."
     )
+    predictor: str = _option(
+        "auto",
+        "Trained predictor of routes: 'auto' = one next to this model or in the cache, the folder of one, 'off'.",
+    )
     profile: str = _option(
         "auto",
         "What earlier runs learned warms this one: 'auto' = next to the model or in the cache, a file, or 'off'.",

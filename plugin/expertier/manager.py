@@ -164,6 +164,7 @@ class OffloadManager:
         counts = np.array([experts[layer] for layer in self._layers])
         self._base = dict(zip(self._layers, np.concatenate([[0], np.cumsum(counts)[:-1]]).tolist(), strict=True))
         total = int(counts.sum())
+        self._even = len(set(counts.tolist())) == 1
         self._layer_index = np.repeat(np.arange(len(self._layers)), counts)
         self._slot_bytes = {layer: pool.slot_bytes(layer) for layer in self._layers}
         self._least_slot = min(self._slot_bytes.values())
@@ -345,7 +346,7 @@ class OffloadManager:
             ``None``, and no step begun, when an expert is absent.
         """
         with self._lock:
-            if self._used < self._stats.total_bytes or (self._state != _RESIDENT).any():
+            if not self.complete:
                 return None
             self.begin_step(tokens, phase)
             everything = np.arange(len(self._state))
@@ -850,6 +851,11 @@ class OffloadManager:
             self._stats.prefetch_bytes_read = self._io.prefetch_bytes_read
             return copy.deepcopy(self._stats)
 
+    @property
+    def complete(self) -> bool:
+        """Whether every expert is resident."""
+        return self._used >= self._stats.total_bytes and bool((self._state == _RESIDENT).all())
+
     def resident(self, layer: int, *, arriving: bool = False) -> NDArray[np.bool_]:
         """Which experts of a layer are resident, or with `arriving` at least on their way, shape ``(experts,)``."""
         base = self._base[layer]
@@ -859,6 +865,27 @@ class OffloadManager:
             if arriving:
                 resident |= state == _LOADING
         return resident
+
+    def outlook(self) -> tuple[NDArray[np.bool_], int]:
+        """What loading ahead goes by, for all layers at once.
+
+        Returns
+        -------
+        absent : ndarray of bool, shape (layers, most experts)
+            Experts that are neither resident nor under way, layers in order.
+        under_way : int
+            Loads ahead of need that have begun and that no lease has claimed.
+        """
+        with self._lock:
+            state = self._state
+            absent = (state == _ABSENT) | (state == _SPARE)
+            under_way = int(self._unclaimed().sum()) if self._requests else 0
+        if self._even:
+            return absent.reshape(len(self._layers), -1), under_way
+        table = np.zeros((len(self._layers), max(self._experts.values())), bool)
+        for row, layer in enumerate(self._layers):
+            table[row, : self._experts[layer]] = absent[self._base[layer] : self._base[layer] + self._experts[layer]]
+        return table, under_way
 
     def close(self) -> None:
         """Stop I/O and release all memory. Waiters are woken with an error. Closing twice does nothing."""

@@ -40,6 +40,7 @@ def test_every_option_can_come_from_the_environment(monkeypatch: pytest.MonkeyPa
         "policy": "lfru",
         "half_life": "12.5",
         "lookahead": "off",
+        "predictor": "a folder",
         "profile": "run.json",
         "repack": "on",
         "io_mode": "buffered",

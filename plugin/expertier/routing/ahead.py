@@ -1,19 +1,27 @@
-"""Loads ahead of the router: whole layers while a prompt streams, the likeliest experts while tokens are decoded."""
+"""Loads ahead of the router: whole layers while a prompt streams, the likeliest experts while tokens are decoded.
+
+With a trained predictor the whole path of a token is known, more or less, before its first layer runs, and loads for
+all later layers are kept under way; every router that has chosen corrects what is left of the path. Without one, the
+next layer's gate on this layer's input says what is likely there.
+"""
 
 from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from expertier.routing.following import Follower
 from expertier.routing.gate import GainGate
 from expertier.routing.lookahead import Lookahead
+from expertier.routing.path_loads import LEAST_CHANCE, PathLoads
+from expertier.routing.predictor import Chances, Forecast, RoutePredictor
+from expertier.routing.sequences import Span
 
-_LEAST_CHANCE = 0.5  # below it a prefetch more often steals a slot and device time than it saves a wait
 _STREAM_FROM = 0.5  # share of a layer's experts in use from which the next layer is streamed whole
 
 GateInput = Callable[[], "NDArray[np.float32] | None"]
@@ -25,6 +33,9 @@ class Loader(Protocol):
 
     def resident(self, layer: int) -> NDArray[np.bool_]:
         """Which experts of a layer are resident, shape ``(experts,)``."""
+
+    def outlook(self) -> tuple[NDArray[np.bool_], int]:
+        """Which experts are absent, shape ``(layers, experts)``, and how many loads ahead of need are under way."""
 
     def prefetch(
         self,
@@ -50,8 +61,14 @@ class AheadLoader:
         Predictor for decode steps; ``None`` leaves only streaming.
     gate : GainGate
         Decides whether the predictor is listened to.
+    predictor : RoutePredictor, optional
+        Predicts whole paths; the lookahead then only corrects it, where the predictor listens to it.
+    listener : callable, optional
+        Told the forecast of every step that is predicted: whoever decides what stays.
     ahead : int
-        Most experts loading ahead of need during decode of one token.
+        Most experts loading ahead of need during decode of one token, for the next layer.
+    path_ahead : int
+        The same for all later layers together, with a predictor.
     last_is_narrow : bool
         Whether the engine runs a prompt's last layer for the rows with output only, until steps show otherwise.
     """
@@ -63,7 +80,10 @@ class AheadLoader:
         experts: Mapping[int, int],
         lookahead: Lookahead | None,
         gate: GainGate,
+        predictor: RoutePredictor | None = None,
+        listener: Callable[[Forecast], None] | None = None,
         ahead: int = 2,
+        path_ahead: int = 8,
         last_is_narrow: bool = False,
     ) -> None:
         self._manager = manager
@@ -72,9 +92,47 @@ class AheadLoader:
         self._lookahead = lookahead
         self.gate = gate
         self._ahead = ahead
+        self._follower = Follower(predictor) if predictor is not None else None
+        self._listener = listener
+        self._position = {layer: position for position, layer in enumerate(sorted(experts))}
+        self._path = PathLoads(manager, sorted(experts), ahead=path_ahead)
+        self._predicted = False  # whether the running step's path was predicted
         self._tokens = 0
         self._last_is_narrow = last_is_narrow
         self._last_step: float | None = None  # when the previous decode step passed its last layer
+
+    @property
+    def follows_tokens(self) -> bool:
+        """Whether :meth:`begin` wants to know the tokens of steps."""
+        return self._follower is not None and not self._follower.failure
+
+    def words(self) -> str:
+        """What predicts, for the mode line."""
+        names = [] if self._follower is None else [self._follower.predictor.name]
+        if self._lookahead is not None:
+            names.append("lookahead")
+        return " + ".join(names) or "nothing"
+
+    def begin(self, spans: Sequence[Span], *, decode: bool) -> None:
+        """A step's tokens are known; to be called before its first layer, where :attr:`follows_tokens`.
+
+        Parameters
+        ----------
+        spans : sequence of Span
+            Its tokens; of a decode step one span for each of its rows, in order.
+        decode : bool
+            Whether every token is of a different sequence, and an expert may be absent.
+        """
+        self._predicted = False
+        if self._follower is None:
+            return
+        forecast = self._follower.begin(spans, decode=decode and self.gate.open)
+        if forecast is None:
+            return
+        self._predicted = True
+        if self._listener is not None:
+            self._listener(forecast)
+        self._path.top_up(forecast.now, 0, len(spans))
 
     def after_router(self, layer: int, routes: NDArray[np.int64], gate_input: GateInput, *, decode: bool) -> None:
         """Act on what the router of a layer chose.
@@ -109,11 +167,15 @@ class AheadLoader:
             self._manager.prefetch(following, np.arange(count), limit=count)
 
     def _predict(self, layer: int, routes: NDArray[np.int64], gate_input: GateInput) -> None:
-        if self._lookahead is None:
+        if self._lookahead is None and self._follower is None:
             return
         following = self._next.get(layer)
-        self._lookahead.learn(layer, routes)
+        if self._lookahead is not None:
+            self._lookahead.learn(layer, routes)
+        if self._predicted and self._follower is not None:
+            self._follower.observe(layer, routes)
         if following is None:
+            self._predicted = False
             now = time.perf_counter()
             if self._last_step is not None:
                 self.gate.step(now - self._last_step)
@@ -121,6 +183,17 @@ class AheadLoader:
             return
         if not self.gate.open:
             return
+        if self._predicted and (refined := self._refined()) is not None:
+            self._path.top_up(refined, self._position[layer] + 1, len(routes))
+        elif self._lookahead is not None:
+            self._look_ahead(layer, following, routes, gate_input)
+
+    def _refined(self) -> Chances | None:
+        assert self._follower is not None
+        return self._follower.refine()
+
+    def _look_ahead(self, layer: int, following: int, routes: NDArray[np.int64], gate_input: GateInput) -> None:
+        assert self._lookahead is not None
         resident = self._manager.resident(following)
         if resident.all():
             return
@@ -128,7 +201,7 @@ class AheadLoader:
         if hidden is None:
             return
         candidates, chances = self._lookahead.predict(layer, hidden, resident)
-        likely = chances >= _LEAST_CHANCE
+        likely = chances >= LEAST_CHANCE
         if likely.any():
             limit = self._ahead * len(routes)
             self._manager.prefetch(following, candidates[likely], chances[likely], limit=limit)

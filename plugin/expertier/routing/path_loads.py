@@ -1,0 +1,90 @@
+"""Loads for all later layers of a step at once, from the chances that their experts are used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from expertier.routing.predictor import Chances
+
+LEAST_CHANCE: Final = 0.5
+"""Below it a load ahead more often takes a slot and device time than it saves a wait."""
+
+
+class Loader(Protocol):
+    """What executes the loads: the offload manager."""
+
+    def outlook(self) -> tuple[NDArray[np.bool_], int]:
+        """Which experts are absent, shape ``(layers, experts)``, and how many loads ahead of need are under way."""
+
+    def prefetch(
+        self,
+        layer: int,
+        experts: NDArray[np.int64],
+        probabilities: NDArray[np.float64] | None = None,
+        *,
+        limit: int,
+    ) -> int:
+        """Load likely experts, likeliest first, with at most `limit` loads under way; return how many began."""
+
+
+class PathLoads:
+    """Keeps some loads for the rest of a step under way.
+
+    Parameters
+    ----------
+    manager : Loader
+        The offload manager.
+    layers : sequence of int
+        Indices of the layers with routed experts, ascending.
+    ahead : int
+        Most loads under way for each token of a step.
+
+    Notes
+    -----
+    The next layers come first, because their experts are needed first, and within a layer the likeliest. Few loads are
+    queued at a time: demand overtakes them anyway, but what a later router contradicts should not have been begun.
+    """
+
+    def __init__(self, manager: Loader, layers: Sequence[int], *, ahead: int) -> None:
+        self._manager = manager
+        self._layers = tuple(layers)
+        self._ahead = ahead
+
+    def top_up(self, chances: Chances, first: int, tokens: int) -> int:
+        """Begin what is likely and absent, as far as there is room for more under way.
+
+        Parameters
+        ----------
+        chances : ndarray of float32, shape (layers, experts)
+            Chance that this step uses each expert.
+        first : int
+            Position of the first layer still to come.
+        tokens : int
+            Tokens of the step.
+
+        Returns
+        -------
+        int
+            Loads begun.
+        """
+        absent, under_way = self._manager.outlook()
+        most = self._ahead * tokens
+        if under_way >= most:
+            return 0
+        rows, experts = np.nonzero(absent[first:] & (chances[first:] >= LEAST_CHANCE))
+        if not rows.size:
+            return 0
+        rows += first
+        likely = chances[rows, experts]
+        order = np.lexsort((-likely, rows))[: most - under_way]
+        rows, experts, likely = rows[order], experts[order], likely[order]
+        begun = 0
+        cuts = np.flatnonzero(np.diff(rows)) + 1
+        for start, stop in zip([0, *cuts.tolist()], [*cuts.tolist(), len(rows)], strict=True):
+            layer = self._layers[rows[start]]
+            begun += self._manager.prefetch(layer, experts[start:stop], likely[start:stop].astype(float), limit=most)
+        return begun
