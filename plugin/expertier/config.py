@@ -6,9 +6,11 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from expertier.errors import UnsupportedOptionError
+from expertier.config_file import read_config
+from expertier.errors import ConfigFileError, UnsupportedOptionError
 
 ENV_PREFIX = "EXPERTIER_"
 
@@ -60,10 +62,11 @@ class OffloadOptions:
     virtual_hard: Literal["off", "on"] = _option(
         "off", "Very lossy: tokens go to resident experts only and no step waits (SwapMoE as published)."
     )
+    config: str | None = _option(None, "JSON file with options, as `expertier plan --apply` writes it.")
 
     @classmethod
     def from_mapping(cls, given: Mapping[str, Any] | None = None) -> OffloadOptions:
-        """Combine explicit options, the environment and the defaults, in that order of precedence.
+        """Combine explicit options, the environment, a file of options and the defaults, in that order of precedence.
 
         Parameters
         ----------
@@ -73,8 +76,10 @@ class OffloadOptions:
         Raises
         ------
         UnsupportedOptionError
-            For an unknown name, a value outside an option's choices, or a number that is not above zero, from either
-            source; the message names the environment variable where the value came from one.
+            For an unknown name, a value outside an option's choices, or a number that is not above zero, from any
+            source; the message names the environment variable or the file where the value came from one.
+        ConfigFileError
+            The file that ``config`` names cannot be read.
         """
         known = {option.name for option in fields(cls)}
         values: dict[str, Any] = {}
@@ -93,6 +98,16 @@ class OffloadOptions:
             if value is not None:
                 values[name] = value
                 origins[name] = name
+        if "config" in values:
+            path = Path(values["config"])
+            for name, value in read_config(path).items():
+                if name not in known or name == "config":
+                    raise ConfigFileError(
+                        f"{path} holds {name!r}, which is no option.", f"Options are: {', '.join(sorted(known))}."
+                    )
+                if name not in values and value is not None:
+                    values[name] = value
+                    origins[name] = f"{name} in {path}"
         hints = get_type_hints(cls)
         zeros = {option.name for option in fields(cls) if option.metadata["zero"]}
         return cls(

@@ -124,3 +124,11 @@ class PredictorVersionError(PredictorError):
 
 class PredictorMismatchError(PredictorError):
     """The predictor was trained for another model."""
+
+
+class RoutingProfileError(ExpertierError):
+    """A profile of routes, or the speeds measured beside it, cannot be used for planning."""
+
+
+class ConfigFileError(ExpertierError):
+    """A file of options is missing, is not JSON, or holds what options cannot be."""

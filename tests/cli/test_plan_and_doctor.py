@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -106,6 +107,35 @@ def test_the_plan_command_measures_the_storage_and_says_that_there_is_no_profile
     assert data["profile"] is None
     text = invoke("plan", model, "--budget", "50%", "--no-disk").stdout
     assert "no profile of this model" in " ".join(text.split())
+
+
+@pytest.mark.engine
+def test_with_recorded_routes_a_plan_tells_what_every_budget_gives_and_writes_it_down(
+    invoke: Invoke, invoke_json: Callable[..., Any], tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    model = tiny_model(TinySpec(layers=3, experts=16, top_k=2, skew=0.7))
+    text = tmp_path / "text.txt"
+    text.write_text("A budget is a promise. " * 40)
+    trace, config, out = tmp_path / "trace", tmp_path / "options.json", tmp_path / "out"
+    invoke_json("profile", model, "--text", text, "--out", trace, "--tokens", 200, "--threads", 1, "--budget", "75%")
+    common = ("plan", model, "--routes", trace, "--budget", "50%", "--no-disk", "--threads", 1, "--out", out)
+    data = invoke_json(*common, "--calibrate", "--apply", config)
+    found = data["profile"]["trade_off"]
+    assert found["chosen"]["budget_bytes"] <= data["plan"]["total_bytes"]
+    assert 0 < found["chosen"]["hit_ratio"] < 1
+    assert found["chosen"]["tokens_per_second"] > 0
+    assert found["curve"][-1]["loads_per_token"] == 0
+    assert sum(found["layers"]["slots"]) == 24
+    assert json.loads((out / "plan.json").read_text())["profile"]["trade_off"] == found
+    assert (out / "plan.png").read_bytes().startswith(b"\x89PNG")
+    assert OffloadOptions.from_mapping({"config": str(config)}).budget == found["chosen"]["budget_bytes"]
+    again = invoke(*common)
+    assert again.exit_code == 0, again.output
+    assert "asked for" in again.stdout and "tok/s" in again.stdout  # speeds were kept
+    other = tiny_model(TinySpec(layers=2, experts=8, top_k=2))
+    refused = invoke("plan", other, "--routes", trace, "--no-disk")
+    assert refused.exit_code == 2
+    assert "another model" in " ".join(refused.output.split()) or "not of" in " ".join(refused.output.split())
 
 
 @pytest.mark.parametrize("files", [1, 3])

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import FrozenInstanceError, fields
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from expertier.config import ENV_PREFIX, OffloadOptions
-from expertier.errors import UnsupportedOptionError
+from expertier.config_file import write_config
+from expertier.errors import ConfigFileError, UnsupportedOptionError
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +58,7 @@ def test_every_option_can_come_from_the_environment(monkeypatch: pytest.MonkeyPa
         "virtual_prefill": "on",
         "virtual_hard": "on",
     }
-    assert set(texts) == {option.name for option in fields(OffloadOptions)}
+    assert set(texts) == {option.name for option in fields(OffloadOptions)} - {"config"}
     for name, text in texts.items():
         monkeypatch.setenv(ENV_PREFIX + name.upper(), text)
     options = OffloadOptions.from_mapping()
@@ -82,7 +85,7 @@ def test_options_do_not_change() -> None:
 
 
 def test_an_unknown_option_is_refused_with_the_names_that_exist() -> None:
-    with pytest.raises(UnsupportedOptionError, match=r"no option 'buget'.*Options are: budget, half_life"):
+    with pytest.raises(UnsupportedOptionError, match=r"no option 'buget'.*Options are: budget, config, half_life"):
         OffloadOptions.from_mapping({"buget": "1GiB"})
     with pytest.raises(UnsupportedOptionError, match="no option 'bits'"):
         OffloadOptions.from_mapping({"bits": None})
@@ -139,3 +142,45 @@ def test_a_bad_environment_does_not_matter_where_something_was_given(monkeypatch
     assert OffloadOptions.from_mapping({"policy": "lru"}).policy == "lru"
     with pytest.raises(UnsupportedOptionError, match=r"^policy='x'"):
         OffloadOptions.from_mapping({"policy": "x"})
+
+
+def test_a_file_of_options_comes_after_the_environment_and_before_the_defaults(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tmp_path / "options.json"
+    write_config(path, {"budget": "1GiB", "policy": "edge", "io_threads": 3, "half_life": None}, {"model": "m"})
+    monkeypatch.setenv("EXPERTIER_CONFIG", str(path))
+    monkeypatch.setenv("EXPERTIER_POLICY", "lru")
+    options = OffloadOptions.from_mapping({"budget": "2GiB"})
+    assert (options.budget, options.policy, options.io_threads, options.half_life) == ("2GiB", "lru", 3, None)
+    monkeypatch.delenv("EXPERTIER_CONFIG")
+    assert OffloadOptions.from_mapping({"config": str(path)}).budget == "1GiB"
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        (None, "cannot be read"),
+        ("{", "not JSON"),
+        ("[]", "holds no options"),
+        ('{"budget": "1GiB"}', "holds no options"),
+        ('{"options": {}, "budget": "1GiB"}', "unknown key 'budget'"),
+        ('{"options": {}, "schema": "later"}', "'later'"),
+        ('{"options": {"bugdet": 1}}', "'bugdet', which is no option"),
+        ('{"options": {"config": "x"}}', "'config', which is no option"),
+    ],
+)
+def test_a_bad_file_of_options_is_refused_by_name(tmp_path: Path, text: str | None, named: str) -> None:
+    path = tmp_path / "options.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigFileError, match=named) as caught:
+        OffloadOptions.from_mapping({"config": str(path)})
+    assert caught.value.remedy
+
+
+def test_a_bad_value_in_a_file_is_named_with_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "options.json"
+    path.write_text(json.dumps({"options": {"io_threads": "many"}}))
+    with pytest.raises(UnsupportedOptionError, match=r"io_threads in .*options\.json='many' is not a number"):
+        OffloadOptions.from_mapping({"config": str(path)})

@@ -64,12 +64,46 @@ def plan(
     options: OffloadOptions,
     n_ubatch: Ubatch = 512,
     no_disk: Annotated[bool, typer.Option("--no-disk", help="Do not measure the storage.")] = False,
+    routes: Annotated[
+        Path | None,
+        typer.Option(
+            "--routes", help="What `expertier profile` recorded. \\[default: where it puts it, if that exists]"
+        ),
+    ] = None,
+    calibrate: Annotated[
+        bool,
+        typer.Option("--calibrate", help="Measure the engine's speed with this model, in seconds; kept for next time."),
+    ] = False,
+    engine: Engine = "llamacpp",
+    threads: Threads = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Directory for record and figure. \\[default: in the cache directory]")
+    ] = None,
+    apply: Annotated[
+        Path | None, typer.Option("--apply", help="Write the plan into this file of options: EXPERTIER_CONFIG=FILE.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what a budget means for a model on this machine, before anything runs."""
+    """Say what a budget means for a model on this machine and, with recorded routes, what every budget gives."""
+    from expertier.cli.engines import EngineSettings
+    from expertier.cli.plan import PlanRequest
     from expertier.cli.plan import plan as command
+    from expertier.comparison.hardware import cores
 
-    command(model, options, n_ubatch=n_ubatch, measure=not no_disk, as_json=as_json)
+    command(
+        PlanRequest(
+            model=model,
+            options=options,
+            routes=routes,
+            calibrate=calibrate,
+            engine=engine,
+            settings=EngineSettings(n_ubatch=n_ubatch, threads=threads or cores()),
+            out=out,
+            apply=apply,
+            measure=not no_disk,
+            as_json=as_json,
+        )
+    )
 
 
 @app.command()

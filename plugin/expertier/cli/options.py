@@ -11,6 +11,7 @@ import types
 import typing
 from collections.abc import Callable
 from dataclasses import MISSING, asdict, fields
+from pathlib import Path
 from typing import Any, Literal
 
 import typer
@@ -104,7 +105,16 @@ def reported(function: Callable[..., None]) -> Callable[..., None]:
 
 def print_json(value: Any) -> None:
     """Print a value, dataclasses included, as JSON that any parser reads (no NaN)."""
-    print(json.dumps(_finite(value), indent=1, default=str), flush=True)
+    print(_as_json(value), flush=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write what :func:`print_json` prints."""
+    path.write_text(_as_json(value) + "\n", encoding="utf-8")
+
+
+def _as_json(value: Any) -> str:
+    return json.dumps(_finite(value), indent=1, default=str)
 
 
 def _finite(value: Any) -> Any:

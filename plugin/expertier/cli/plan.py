@@ -2,35 +2,71 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from rich.console import Console
 from rich.status import Status
 from rich.table import Table
 
-from expertier.budget import format_bytes
+from expertier.budget import format_bytes, parse_budget
 from expertier.catalog import read_catalog
 from expertier.catalog.types import Catalog
-from expertier.cli.options import print_json
+from expertier.cli.calibration import calibrate_engine
+from expertier.cli.engines import EngineSettings
+from expertier.cli.folder import prepare_folder
+from expertier.cli.options import print_json, write_json
+from expertier.cli.profile import trace_path
+from expertier.cli.simulate import USUAL_LATENCY, recorded_timing, replay_progress
 from expertier.config import OffloadOptions
+from expertier.config_file import write_config
+from expertier.errors import RoutingProfileError
+from expertier.paths import cache_dir
 from expertier.planning.calibrate import measure_disk
+from expertier.planning.figure import draw_trade_off
 from expertier.planning.memory import memory_limits
 from expertier.planning.plan import Plan, make_plan
+from expertier.planning.planner import TradeOff, trade_off
+from expertier.planning.profile import RoutingProfile, read_profile
+from expertier.planning.speed import EngineSpeed, read_speed
+from expertier.routing import read_trace
+from expertier.simulation import load_events
+from expertier.simulation.demand import summarise
 
+RECORD = "plan.json"
+FIGURE = "plan.png"
 _NO_PROFILE = (
     "no profile of this model exists, so only the floor of uniform routing is known; trained routers repeat themselves "
     "and hit more often"
 )
 
 
-def plan(model: Path, options: OffloadOptions, *, n_ubatch: int, measure: bool, as_json: bool) -> None:
-    """Print what a budget means."""
-    catalog = read_catalog(model)
+@dataclass(frozen=True, kw_only=True)
+class PlanRequest:
+    """What the user asked for; see the flags of the command."""
+
+    model: Path
+    options: OffloadOptions
+    routes: Path | None
+    calibrate: bool
+    engine: str
+    settings: EngineSettings
+    out: Path | None
+    apply: Path | None
+    measure: bool
+    as_json: bool
+
+
+def plan(request: PlanRequest) -> None:
+    """Print what a budget means; with a profile also draw what every budget gives."""
+    options, n_ubatch = request.options, request.settings.n_ubatch
+    catalog = read_catalog(request.model)
     limits = memory_limits()
     # Refuse before measuring: nobody wants to wait for a refusal.
     result = make_plan(catalog, options.budget, limits=limits, margin=options.margin, n_ubatch=n_ubatch)
-    if measure:
+    routes = find_routes(catalog, request.routes)
+    if request.measure:
         with Status("measuring the storage", console=Console(stderr=True)):
             disk = measure_disk(
                 catalog.files,
@@ -39,10 +75,118 @@ def plan(model: Path, options: OffloadOptions, *, n_ubatch: int, measure: bool, 
                 mode=options.io_mode,
             )
         result = make_plan(catalog, options.budget, limits=limits, disk=disk, margin=options.margin, n_ubatch=n_ubatch)
-    if as_json:
-        print_json({"model": _model(catalog), "plan": asdict(result), "profile": None, "hit_ratio_basis": _NO_PROFILE})
+    found, speed, out = None, None, None
+    if routes is not None:
+        profile = load_routes(routes, catalog)
+        speed = _speed(request, catalog, routes)
+        found = trade_off(
+            profile,
+            min(parse_budget(options.budget, profile.total_bytes) or result.budget_bytes, profile.total_bytes),
+            smallest=min(profile.smallest_bytes, catalog.smallest_budget()),
+            largest=limits[0].left - catalog.other_bytes,
+            speed=speed,
+        )
+        out = prepare_folder(request.out, "plans", RECORD)
+        draw_trade_off(found, catalog.path.stem, out / FIGURE)
+    record = {
+        "model": _model(catalog),
+        "plan": result,
+        "profile": None if found is None else {"routes": str(routes), "speed": speed, "trade_off": found},
+        "hit_ratio_basis": _NO_PROFILE if found is None else "replays of recorded routes",
+    }
+    if out is not None:
+        write_json(out / RECORD, record)
+    if request.apply is not None:
+        _apply(request.apply, catalog, result, found, options)
+    if request.as_json:
+        print_json(record)
     else:
-        _print(catalog, result)
+        _print(catalog, result, found, out)
+
+
+def find_routes(catalog: Catalog, given: Path | None) -> Path | None:
+    """Where the model's recorded routes are: as given, or where `expertier profile` puts them."""
+    if given is not None:
+        return given
+    usual = trace_path(catalog)
+    return usual if usual.exists() else None
+
+
+def load_routes(path: Path, catalog: Catalog) -> RoutingProfile:
+    """Read a profile of routes, or make it from a trace and keep it beside that.
+
+    Raises
+    ------
+    RoutingProfileError, TraceError
+        The file is neither, or of another model.
+    """
+    if path.suffix == ".json":
+        profile = read_profile(path)
+        profile.require_model(catalog.fingerprint, catalog.path.name)
+        return profile
+    trace = read_trace(path)
+    trace.require_model(catalog.fingerprint, catalog.path.name)
+    kept = path.with_name(path.name + ".routing.json")
+    with suppress(RoutingProfileError, OSError):
+        if kept.stat().st_mtime >= path.stat().st_mtime:
+            return read_profile(kept)
+    with replay_progress(1) as progress:
+        profile = summarise(load_events(trace, most_tokens=_MOST_TOKENS), seen=progress)
+    with suppress(OSError):  # a folder that cannot be written to costs the replays again
+        profile.write(kept)
+    return profile
+
+
+_MOST_TOKENS = 6000  # replays of more change the curve by less than texts differ
+
+
+def _speed(request: PlanRequest, catalog: Catalog, routes: Path) -> EngineSpeed | None:
+    """Speeds measured now, kept from last time, or those left in the trace by its recorder."""
+    place = cache_dir() / "speeds"
+    kept = place / f"{catalog.fingerprint[:12]}-{request.engine}-{request.settings.threads}.json"
+    if request.calibrate:
+        with Status("measuring the engine", console=Console(stderr=True)):
+            speed = calibrate_engine(
+                request.model, catalog, request.options, engine=request.engine, settings=request.settings
+            )
+        place.mkdir(parents=True, exist_ok=True)
+        speed.write(kept)
+        return speed
+    if kept.exists():
+        speed = read_speed(kept)
+        if speed.fingerprint == catalog.fingerprint:
+            return speed
+    if routes.suffix == ".json":
+        return None
+    timing = recorded_timing(read_trace(routes).notes, latency=USUAL_LATENCY)
+    if timing is None:
+        return None
+    expert = catalog.total_expert_bytes / catalog.expert_count
+    return EngineSpeed(
+        engine=request.engine,
+        fingerprint=catalog.fingerprint,
+        threads=request.settings.threads,
+        resident_seconds=timing.compute,
+        managed_seconds=timing.compute,
+        load_seconds=timing.load_cost + expert / timing.bandwidth,
+    )
+
+
+def _apply(path: Path, catalog: Catalog, result: Plan, found: TradeOff | None, options: OffloadOptions) -> None:
+    """Write what was planned, and whatever else was asked for, as a file of options."""
+    usual = OffloadOptions()
+    chosen = {
+        option.name: getattr(options, option.name)
+        for option in fields(OffloadOptions)
+        if option.name != "config" and getattr(options, option.name) != getattr(usual, option.name)
+    }
+    expected: dict[str, object] = {}
+    # Budget auto is left to the engine: it alone knows what is left when everything else has its memory.
+    if parse_budget(options.budget, catalog.total_expert_bytes) is not None:
+        chosen["budget"] = result.budget_bytes if found is None else found.chosen.budget_bytes
+    if found is not None:
+        expected = asdict(found.chosen)
+    write_config(path, chosen, {"model": catalog.path.name, "fingerprint": catalog.fingerprint, "expected": expected})
 
 
 def _model(catalog: Catalog) -> dict[str, object]:
@@ -65,16 +209,53 @@ def _model(catalog: Catalog) -> dict[str, object]:
     }
 
 
-def _print(catalog: Catalog, plan: Plan) -> None:
+def _print(catalog: Catalog, plan: Plan, found: TradeOff | None, out: Path | None) -> None:
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    for name, text in _rows(catalog, plan):
+    for name, text in _rows(catalog, plan, known=found is not None):
         table.add_row(name, text)
-    Console().print(table)
+    console = Console(highlight=False)
+    console.print(table)
+    if found is not None:
+        _print_trade_off(console, found)
+        console.print(f"[dim]Record: {out}/{RECORD}   Figure: {out}/{FIGURE}[/]")
 
 
-def _rows(catalog: Catalog, plan: Plan) -> list[tuple[str, str]]:
+def _print_trade_off(console: Console, found: TradeOff) -> None:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    timed = found.chosen.tokens_per_second is not None
+    for name in ("", "experts", "budget", "hits, %", "loads/token", "read/token", *["tok/s"] * timed, "bias", "ppl, %"):
+        table.add_column(name, justify="right")
+    rows = [(False, point) for point in found.curve[:: max(1, len(found.curve) // 8)]] + [(True, found.chosen)]
+    for asked, point in sorted(rows, key=lambda row: row[1].budget_bytes):
+        table.add_row(
+            "asked for" if asked else "too much" if point.budget_bytes > found.largest_bytes else "",
+            f"{100 * point.share:.0f} %",
+            format_bytes(point.budget_bytes),
+            f"{100 * point.hit_ratio:.1f}",
+            f"{point.loads_per_token:.2f}",
+            format_bytes(round(point.bytes_per_token)),
+            *([f"{point.tokens_per_second:.1f}"] if point.tokens_per_second is not None else []),
+            f"{point.setting.bias:g}",
+            f"+{100 * point.setting.perplexity_rise:.2f}",
+            style="bold" if asked else "",
+        )
+    console.print(table)
+    layers = found.layers
+    verdict = "a fixed division would pay" if layers.quotas_pay else "the shared pool is as good"
+    console.print(
+        f"layers ask for {', '.join(map(str, layers.slots))} experts ({verdict}: {layers.loads_saved:+.2f} loads per "
+        f"token saved); prompts stream through {format_bytes(layers.staging_bytes)}"
+        + ("" if layers.prefetch_width is None else f"; compute of a layer hides {layers.prefetch_width} loads")
+    )
+    console.print(
+        f"possible here: {format_bytes(found.smallest_bytes)} to "
+        f"{format_bytes(min(found.largest_bytes, found.curve[-1].budget_bytes))}"
+    )
+
+
+def _rows(catalog: Catalog, plan: Plan, *, known: bool) -> list[tuple[str, str]]:
     kinds = ", ".join(sorted({part.type_name for layer in catalog.layers for part in layer.parts}))
     counts = _span([layer.experts for layer in catalog.layers])
     sizes, rest = _span_bytes([layer.expert_bytes for layer in catalog.layers]), format_bytes(plan.other_bytes)
@@ -117,6 +298,8 @@ def _rows(catalog: Catalog, plan: Plan) -> list[tuple[str, str]]:
                 f"{format_bytes(int(plan.disk.sequential))}/s in sequence" + ("" if plan.disk.direct else ", cached"),
             )
         )
+    if known:  # the table below says more
+        return rows
     if plan.uniform_hit_ratio >= 1:
         rows.append(("hits", "100 % once every expert has been used; nothing is read any more after that"))
         return rows

@@ -113,7 +113,7 @@ def profile(request: ProfileRequest) -> None:
         raise UnsupportedOptionError(f"There is no text in {names}.", "Name files with some pages of text.")
     catalog = read_catalog(request.model)
     given = Path(request.options.trace) if request.options.trace else None
-    out = request.out or given or _default_path(catalog)
+    out = request.out or given or trace_path(catalog)
     settings = replace(request.settings, n_ctx=request.settings.n_ctx or request.per_text)
     session = adapter.open(request.model, replace(request.options, trace=str(out)), settings)
     try:
@@ -179,7 +179,8 @@ def _interleave(texts: list[Text]) -> list[Text]:
     return [text for _, text in sorted(ranked, key=lambda pair: pair[0])]
 
 
-def _default_path(catalog: Catalog) -> Path:
+def trace_path(catalog: Catalog) -> Path:
+    """Where a model's trace goes unless told otherwise."""
     folder = cache_dir() / "traces"
     try:
         folder.mkdir(parents=True, exist_ok=True)

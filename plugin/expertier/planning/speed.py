@@ -1,0 +1,154 @@
+"""How long a decoded token takes: the engine's compute, and what every load of an expert adds to it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from expertier.errors import RoutingProfileError
+
+SCHEMA = "expertier-engine-speed/1"
+_LEAST_STEPS = 24
+_BUSY = 2.0  # steps slower than so many times the usual one of their run: the system did something else
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedSample:
+    """Decode steps of one token under one budget.
+
+    Attributes
+    ----------
+    budget_bytes : int
+        The budget.
+    seconds : tuple of float
+        Of every step.
+    loads : tuple of int
+        Loads of every step if nothing was loaded ahead, by replay of its routes.
+    """
+
+    budget_bytes: int
+    seconds: tuple[float, ...]
+    loads: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSpeed:
+    """Speeds of one engine with one model on one machine.
+
+    Attributes
+    ----------
+    engine : str
+        Name of the adapter.
+    fingerprint : str
+        The model.
+    threads : int
+        Compute threads.
+    resident_seconds : float
+        A token with every expert resident.
+    managed_seconds : float
+        A token that happens to need no load, while others may.
+    load_seconds : float
+        What one load adds to a token: waiting that compute does not hide, and the engine's own time.
+    options : dict of str to object
+        Options of Expertier that were in force; loading ahead is in these figures.
+    """
+
+    schema: str = SCHEMA
+    engine: str
+    fingerprint: str
+    threads: int
+    resident_seconds: float
+    managed_seconds: float
+    load_seconds: float
+    options: dict[str, object] = field(default_factory=dict)
+
+    def token_seconds(self, loads_per_token: float, *, everything: bool = False) -> float:
+        """Seconds per token; `everything` when all experts fit."""
+        return self.resident_seconds if everything else self.managed_seconds + loads_per_token * self.load_seconds
+
+    def write(self, path: Path) -> None:
+        """Write the speeds as JSON."""
+        path.write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
+
+
+def fit_speed(
+    samples: Sequence[SpeedSample], *, total_bytes: int, engine: str, fingerprint: str, threads: int
+) -> EngineSpeed:
+    """Tell compute and loads apart, by least squares over steps.
+
+    Time grows by the same amount with every load as long as storage is the bottleneck, whatever the budget: measured on
+    the reference model, see ``examples/benchmarks/planner``.
+
+    Parameters
+    ----------
+    samples : sequence of SpeedSample
+        At least one below `total_bytes`; one that holds everything tells `resident_seconds`.
+    total_bytes : int
+        Memory of all experts.
+    engine, fingerprint, threads
+        As in :class:`EngineSpeed`.
+
+    Raises
+    ------
+    RoutingProfileError
+        There are too few steps.
+    """
+    loads, seconds = [], []
+    resident = None
+    for sample in samples:
+        if len(sample.seconds) < _LEAST_STEPS:
+            raise RoutingProfileError(
+                f"Only {len(sample.seconds)} steps were measured, {_LEAST_STEPS} are needed.", "Give longer texts."
+            )
+        took, absent = np.array(sample.seconds), np.array(sample.loads, float)
+        if sample.budget_bytes >= total_bytes:
+            resident = float(np.median(took))
+            continue
+        # Means, because the few slow steps are part of a token's time; but not what the system did meanwhile.
+        for level in np.unique(absent):
+            of_level = took[absent == level]
+            usual = of_level[of_level <= _BUSY * np.median(of_level)]
+            loads += [level] * len(usual)
+            seconds += usual.tolist()
+    if not loads:
+        raise RoutingProfileError("No budget below all experts was measured.", "Measure again.")
+    slope, start = (
+        np.polyfit(loads, seconds, 1) if np.std(loads) >= 0.5 else (0.0, float(np.mean(seconds)))  # too alike to tell
+    )
+    if slope < 0 or start <= 0:
+        slope, start = 0.0, float(np.mean(seconds))
+    return EngineSpeed(
+        engine=engine,
+        fingerprint=fingerprint,
+        threads=threads,
+        resident_seconds=min(resident, float(start)) if resident is not None else float(start),
+        managed_seconds=float(start),
+        load_seconds=float(slope),
+    )
+
+
+def read_speed(path: Path) -> EngineSpeed:
+    """Read what :meth:`EngineSpeed.write` wrote.
+
+    Raises
+    ------
+    RoutingProfileError
+        It is something else.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data.get("schema") != SCHEMA:
+            raise ValueError(f"its schema is {data.get('schema')!r}")
+        speed = EngineSpeed(**data)
+        figures = (speed.resident_seconds, speed.managed_seconds, speed.load_seconds)
+        if not all(np.isfinite(figures)) or min(figures) < 0 or not speed.managed_seconds:
+            raise ValueError("it holds figures that are none")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RoutingProfileError(
+            f"{path} does not hold an engine's speeds: {error}.", "Measure them: expertier plan MODEL --calibrate."
+        ) from error
+    return speed
