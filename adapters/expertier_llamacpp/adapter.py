@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,6 +93,22 @@ class LlamaCppSession:
         """Gate mass that stand-ins took over all decoded tokens so far, shape ``(layers,)``."""
         virtual = self._llama.virtual
         return np.zeros(len(self._llama.catalog.layers)) if virtual is None else virtual.mass
+
+    def resize(self, budget: int) -> None:
+        """Change the memory budget; bytes as the model's file has them."""
+        manager, catalog = self._llama.offload, self._llama.catalog
+        # Slots are a little larger than what they hold: a share of one is the same share of the other.
+        manager.resize(round(budget / catalog.total_expert_bytes * manager.stats().total_bytes))
+
+    def set_virtual(self, bias: float, protect: int) -> None:
+        """Change what residency is worth (0 is exact) and how many first experts are never replaced."""
+        virtual = self._llama.virtual
+        if virtual is None:
+            raise UnsupportedOptionError(
+                "The model was loaded without stand-ins.", "Give a virtual bias, which may be 0."
+            )
+        virtual.bias = bias
+        virtual.settings = replace(virtual.settings, protect=protect)
 
     def note(self, values: Mapping[str, Any]) -> None:
         """Leave measurements in the trace that is being recorded."""

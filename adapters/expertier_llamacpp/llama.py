@@ -24,6 +24,7 @@ from expertier.config import OffloadOptions
 from expertier.errors import BudgetError, ExpertierError, ManagerClosedError, ModelFormatError, UnsupportedOptionError
 from expertier.manager import ManagerConfig, OffloadManager
 from expertier.planning.memory import memory_left, process_memory
+from expertier.quality.serving import QualityKeeper, read_quality_budget
 from expertier.residency.windows import WindowPool
 from expertier.routing import AheadLoader, GainGate, Lookahead, ProfileKeeper, TraceRecorder
 from expertier.routing.opening import gate_mode, open_predictor
@@ -81,6 +82,8 @@ class Llama(llama_cpp.Llama):
     virtual : VirtualExperts or None
         Stand-ins for absent experts where ``expert_virtual_bias`` is given: ``.bias`` may be set while running,
         ``.stats()`` tells what was replaced.
+    quality : QualityKeeper or None
+        Steers the bias where ``expert_quality_budget`` is a percentage; ``.stats(llm.virtual)`` tells where it stands.
 
     Raises
     ------
@@ -99,6 +102,7 @@ class Llama(llama_cpp.Llama):
     catalog: Catalog
     recorder: TraceRecorder | None
     virtual: VirtualExperts | None
+    quality: QualityKeeper | None
 
     def __init__(self, model_path: str, **kwargs: Any) -> None:
         own = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith(_KEYWORD)}
@@ -111,6 +115,7 @@ class Llama(llama_cpp.Llama):
         layouts = read_layout(model_path)
         self.catalog = build_catalog(layouts)
         parse_budget(options.budget, self.catalog.total_expert_bytes)  # a slip of the pen is told before any work
+        options, self.quality = read_quality_budget(options, self.catalog)
         settings = VirtualSettings.from_options(options, top_k=min(layer.top_k for layer in self.catalog.layers))
         self.virtual = None
         if settings is not None:
@@ -215,6 +220,8 @@ class Llama(llama_cpp.Llama):
                 smallest=smallest,
                 largest=largest,
             )
+        if self.quality is not None and self.virtual is not None:
+            self.quality.attach(self.virtual, lambda: manager.budget, largest, definite=asked is not None)
         self._guard_compute()
         manager.warm_up()
 
@@ -256,8 +263,13 @@ class Llama(llama_cpp.Llama):
             f"{format_bytes(self.catalog.largest_expert_bytes)}, budget {format_bytes(stats.budget_bytes)} of "
             f"{format_bytes(stats.total_bytes)} ({100 * stats.budget_bytes / stats.total_bytes:.0f} %), "
             f"policy {self.offload.config.policy}, prediction by {self._ahead.words()}, {self._kernels.words}, "
-            f"{'lossless' if self.virtual is None else self.virtual.words()}"
+            f"{self._quality_words()}"
         )
+
+    def _quality_words(self) -> str:
+        if self.virtual is None:
+            return "lossless"
+        return self.virtual.words() if self.quality is None else self.quality.words(self.virtual)
 
     def __getstate__(self) -> dict[str, Any]:
         stock: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]

@@ -51,6 +51,11 @@ class OffloadOptions:
     trace: str | None = _option(None, "Record the routers' choices into this file; a trace of the model is continued.")
     trace_tokens: Literal["off", "on"] = _option("off", "Record token ids, too: they tell what was read and written.")
     trace_hidden: int | None = _option(None, "Record the routers' inputs of every so many decoded tokens, too.")
+    quality_budget: str | float | None = _option(
+        None,
+        "Lossy: what may be lost for speed: '1%' of perplexity (from the model's quality profile), or a bias; 'exact' "
+        "says that nothing may.",
+    )
     virtual_bias: float | None = _option(
         None,
         "Lossy: resident experts stand in for absent ones; this share of the router's range of scores is what "

@@ -132,3 +132,13 @@ class RoutingProfileError(ExpertierError):
 
 class ConfigFileError(ExpertierError):
     """A file of options is missing, is not JSON, or holds what options cannot be."""
+
+
+class QualityBudgetError(ExpertierError, ValueError):
+    """The quality budget cannot be read, contradicts another option, or cannot be kept within the memory budget."""
+
+    __str__ = ExpertierError.__str__
+
+
+class QualityProfileError(ExpertierError):
+    """There is no quality profile, it is damaged, or it belongs to another model, version or policy."""

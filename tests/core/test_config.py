@@ -53,6 +53,7 @@ def test_every_option_can_come_from_the_environment(monkeypatch: pytest.MonkeyPa
         "trace": "a file",
         "trace_tokens": "on",
         "trace_hidden": "16",
+        "quality_budget": "1%",
         "virtual_bias": "0",
         "virtual_protect": "1",
         "virtual_prefill": "on",

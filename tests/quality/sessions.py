@@ -63,7 +63,7 @@ class TableSession:
         self.budget = budget
         self._stats.budget_bytes = budget
 
-    def set_bias(self, bias: float, protect: int) -> None:
+    def set_virtual(self, bias: float, protect: int) -> None:
         self.bias, self.protect = bias, protect
 
     def _mass(self) -> float:

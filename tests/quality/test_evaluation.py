@@ -17,9 +17,9 @@ from quality.sessions import TableSession
 
 def measured(session: TableSession, bias: float = 0.0, count: int = 12) -> Evaluation:
     texts = samples(session, session.texts(count), count=count, tokens=60)
-    session.set_bias(0.0, 0)
+    session.set_virtual(0.0, 0)
     with Reference(session, texts) as reference:
-        session.set_bias(bias, 0)
+        session.set_virtual(bias, 0)
         return evaluate(session, reference)
 
 

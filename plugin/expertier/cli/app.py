@@ -242,10 +242,43 @@ def profile(
     prompt: Annotated[
         int, typer.Option("--prompt", min=1, help="Tokens of each text that are read in one step, as a prompt.")
     ] = 1,
+    quality: Annotated[
+        bool,
+        typer.Option("--quality", help="Measure what virtual experts cost instead: the model's quality profile."),
+    ] = False,
+    at: Annotated[
+        list[str] | None,
+        typer.Option("--at", help="With --quality: a memory budget to measure at, e.g. 25%. Repeat it for several."),
+    ] = None,
+    count: Annotated[int, typer.Option("--texts", min=1, help="With --quality: most texts to read.")] = 24,
+    points: Annotated[int, typer.Option("--points", min=1, help="With --quality: biases per memory budget.")] = 5,
+    hard: Annotated[bool, typer.Option("--hard", help="With --quality: measure hard mode, too.")] = False,
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
-    """Read texts token by token and record which experts the routers choose. Stores no text."""
+    """Read texts token by token and record which experts the routers choose, or what virtual experts cost."""
+    if quality:
+        from expertier.cli.engines import EngineSettings
+        from expertier.cli.quality import QualityRequest, profile_quality
+        from expertier.comparison.hardware import cores
+
+        profile_quality(
+            QualityRequest(
+                model=model,
+                options=options,
+                texts=tuple(text or ()),
+                out=out,
+                engine=engine,
+                levels=tuple(at or ()),
+                count=count,
+                per_text=per_text,
+                points=points,
+                hard=hard,
+                settings=EngineSettings(threads=threads or cores()),
+                as_json=as_json,
+            )
+        )
+        return
     from expertier.cli.engines import EngineSettings
     from expertier.cli.profile import ProfileRequest
     from expertier.cli.profile import profile as command
