@@ -28,8 +28,8 @@ class OffloadOptions:
     """
 
     budget: str | int = _option("auto", "Memory for experts: bytes, '8GiB', '25%' of all experts, or 'auto'.")
-    policy: Literal["lfu", "lru", "lfru", "edge"] = _option("lfu", "Eviction policy.")
-    half_life: float | None = _option(None, "Half-life of use counts in tokens (lfu: 16, lfru: 64).")
+    policy: Literal["lfu", "lru", "lfru", "edge", "predictive"] = _option("lfu", "Eviction policy.")
+    half_life: float | None = _option(None, "Half-life of use counts in tokens (lfu, predictive: 16, lfru: 64).")
     lookahead: Literal["auto", "on", "off"] = _option(
         "auto", "Load the next layer's likely experts early; 'auto' keeps it only while it pays."
     )

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -17,11 +17,14 @@ from numpy.typing import ArrayLike, NDArray
 from expertier.budget import format_bytes
 from expertier.errors import BudgetError, ExpertLoadError, ManagerClosedError
 from expertier.residency import make_policy
-from expertier.residency.base import ExpertSpace, IntArray
+from expertier.residency.base import ExpertSpace, ForecastListener, IntArray
 from expertier.residency.pool import ExpertPool
 from expertier.residency.uses import UseCounts
 from expertier.storage import DEMAND, PREFETCH, IoScheduler, ReadRequest
 from expertier.telemetry import PhaseCounters, Stats
+
+if TYPE_CHECKING:
+    from expertier.routing.predictor import Forecast
 
 logger = logging.getLogger("expertier")
 
@@ -176,6 +179,8 @@ class OffloadManager:
             ExpertSpace(layer_of=self._layer_index, layers=len(self._layers)),
             half_life=self.config.half_life,
         )
+        self._listener = self._policy if isinstance(self._policy, ForecastListener) else None
+        self._column = np.arange(total) - np.repeat([self._base[layer] for layer in self._layers], counts)
         self._uses = UseCounts(total)
         self._warm = False  # the policy knows from an earlier run what is used often
         self._quotas = dict(self.config.quotas or {})
@@ -250,6 +255,22 @@ class OffloadManager:
             self._phase.tokens += tokens
             self._finished_in_step[:] = False
             self._fill()
+
+    def forecast(self, forecast: Forecast) -> None:
+        """Say what a step and those after it will probably use, before it begins; only some policies listen.
+
+        Parameters
+        ----------
+        forecast : Forecast
+            Of one sequence, or of the step's sequences together; layers in ascending order.
+        """
+        if self._listener is None:
+            return
+        with self._lock:
+            self._listener.expect(
+                forecast.now[self._layer_index, self._column].astype(np.float64),
+                forecast.soon[:, self._layer_index, self._column].astype(np.float64),
+            )
 
     def end_step(self) -> None:
         """End the forward pass: prefetches for layers that did not come are given up."""

@@ -378,7 +378,7 @@ def test_counters_are_a_snapshot_and_turn_into_plain_data(tmp_path: Path) -> Non
 
 def test_every_policy_runs_behind_the_manager(tmp_path: Path) -> None:
     misses: dict[str, int] = defaultdict(int)
-    for policy in ("lru", "lfu", "lfru", "edge"):
+    for policy in ("lru", "lfu", "lfru", "edge", "predictive"):
         dice = np.random.default_rng(11)
         with fake_engine(tmp_path, SHAPES, 5 * SLOT, policy=policy) as engine:
             for _ in range(30):

@@ -46,7 +46,7 @@ class RandomUse(RuleBasedStateMachine):
 
     @initialize(
         budget=BUDGETS,
-        policy=st.sampled_from(["lru", "lfu", "lfru", "edge"]),
+        policy=st.sampled_from(["lru", "lfu", "lfru", "edge", "predictive"]),
         threads=st.integers(1, 3),
         quota=st.booleans(),
     )

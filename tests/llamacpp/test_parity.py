@@ -128,7 +128,7 @@ def test_any_size_any_alignment_and_any_number_of_files_gives_the_same_logits(
 @pytest.mark.parametrize(
     "options",
     [
-        *({"policy": policy} for policy in ("lru", "lfu", "lfru", "edge")),
+        *({"policy": policy} for policy in ("lru", "lfu", "lfru", "edge", "predictive")),
         {"policy": "lfu", "half_life": 2.0},
         {"lookahead": "on"},
         {"lookahead": "off"},

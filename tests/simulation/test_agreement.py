@@ -51,7 +51,7 @@ def decode(model: Path, trace: Path | None, *, budget: str, policy: str = "lfu",
     return llama
 
 
-@pytest.mark.parametrize("policy", ["lfu", "lru", "lfru", "edge"])
+@pytest.mark.parametrize("policy", ["lfu", "lru", "lfru", "edge", "predictive"])
 @pytest.mark.parametrize(("spec", "budget"), [(SPEC, "25%"), (SPEC, "50%"), (UNEVEN, "40%"), (SPEC, "90%")])
 def test_hits_misses_and_bytes_are_exactly_the_engines(
     tiny_model: TinyModel, tmp_path: Path, spec: TinySpec, budget: str, policy: str

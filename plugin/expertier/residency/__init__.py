@@ -1,6 +1,6 @@
 """Who stays in memory: eviction policies and the bookkeeping of resident experts."""
 
 from expertier.residency.base import EvictionPolicy
-from expertier.residency.registry import POLICIES, make_policy
+from expertier.residency.registry import POLICIES, WITH_HALF_LIFE, make_policy
 
-__all__ = ["POLICIES", "EvictionPolicy", "make_policy"]
+__all__ = ["POLICIES", "WITH_HALF_LIFE", "EvictionPolicy", "make_policy"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,3 +62,19 @@ class EvictionPolicy(Protocol):
 
     def warm(self, chances: FloatArray) -> None:
         """Begin with what an earlier run found: each expert's chance to be used by a token, shape ``(N,)``."""
+
+
+@runtime_checkable
+class ForecastListener(Protocol):
+    """A policy that also looks ahead; others do without."""
+
+    def expect(self, now: FloatArray, soon: FloatArray) -> None:
+        """Take in a forecast, before the step it is about or at its beginning.
+
+        Parameters
+        ----------
+        now : ndarray of float64, shape (N,)
+            Chance that the step uses each expert.
+        soon : ndarray of float64, shape (horizons, N)
+            Chance of at least one use within the tokens of :data:`expertier.routing.predictor.HORIZONS` after it.
+        """

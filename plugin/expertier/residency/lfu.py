@@ -50,9 +50,12 @@ class LFU:
         return self._count[experts]
 
     def use_probability(self, experts: IntArray) -> FloatArray:
-        # An expert used with chance p per token settles at a decayed count of p / (1 - 2**(-1/half_life)).
-        scale = self._steady * 2.0**-self._now
-        result: FloatArray = np.minimum(self._count[experts] * scale, 1.0)
+        return np.minimum(self.rate(experts), 1.0)
+
+    def rate(self, experts: IntArray) -> FloatArray:
+        """Estimated uses per step; with several sequences in a step there may be more than one."""
+        # An expert used p times per step settles at a decayed count of p / (1 - 2**(-1/half_life)).
+        result: FloatArray = self._count[experts] * (self._steady * 2.0**-self._now)
         return result
 
     def warm(self, chances: FloatArray) -> None:

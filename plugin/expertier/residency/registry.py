@@ -10,8 +10,20 @@ from expertier.residency.edge import Edge
 from expertier.residency.lfru import LFRU
 from expertier.residency.lfu import LFU
 from expertier.residency.lru import LRU
+from expertier.residency.predictive import Predictive
 
-POLICIES: dict[str, Callable[[ExpertSpace], EvictionPolicy]] = {"lru": LRU, "lfu": LFU, "lfru": LFRU, "edge": Edge}
+POLICIES: dict[str, Callable[[ExpertSpace], EvictionPolicy]] = {
+    "lru": LRU,
+    "lfu": LFU,
+    "lfru": LFRU,
+    "edge": Edge,
+    "predictive": Predictive,
+}
+WITH_HALF_LIFE: dict[str, Callable[[ExpertSpace, float], EvictionPolicy]] = {
+    "lfu": LFU,
+    "lfru": LFRU,
+    "predictive": Predictive,
+}
 
 
 def make_policy(name: str, space: ExpertSpace, *, half_life: float | None = None) -> EvictionPolicy:
@@ -24,7 +36,8 @@ def make_policy(name: str, space: ExpertSpace, *, half_life: float | None = None
     space : ExpertSpace
         The model's experts.
     half_life : float, optional
-        Half-life in tokens of the policies that have one (``lfu``, ``lfru``); ``None`` is each policy's own default.
+        Half-life in tokens of the policies that have one (``lfu``, ``lfru``, ``predictive``); ``None`` is each
+        policy's own default.
 
     Raises
     ------
@@ -35,8 +48,6 @@ def make_policy(name: str, space: ExpertSpace, *, half_life: float | None = None
         raise UnsupportedOptionError(f"There is no eviction policy {name!r}.", f"Choose from: {', '.join(POLICIES)}.")
     if half_life is None:
         return POLICIES[name](space)
-    if name == "lfu":
-        return LFU(space, half_life)
-    if name == "lfru":
-        return LFRU(space, half_life)
+    if name in WITH_HALF_LIFE:
+        return WITH_HALF_LIFE[name](space, half_life)
     raise UnsupportedOptionError(f"The eviction policy {name!r} has no half-life.", "Leave half_life unset.")

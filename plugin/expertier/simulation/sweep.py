@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from expertier.errors import ExpertierError, UnsupportedOptionError
-from expertier.residency import POLICIES
+from expertier.residency import POLICIES, WITH_HALF_LIFE
 from expertier.routing.trace import Trace
 from expertier.simulation.belady import belady
 from expertier.simulation.events import Events, load_events
@@ -151,7 +151,7 @@ def parse_policy(text: str) -> tuple[str, float | None]:
         half_life = 0.0
     if not 0 < half_life < float("inf"):
         raise UnsupportedOptionError(f"{rest!r} is not a half-life in tokens.", "Write e.g. lfu:16.")
-    if name not in ("lfu", "lfru"):
+    if name not in WITH_HALF_LIFE:
         raise UnsupportedOptionError(f"The eviction policy {name!r} has no half-life.", f"Write {name}.")
     return name, half_life
 
