@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,6 +10,10 @@ from pathlib import Path
 import pytest
 
 from support.tiny_gguf import TinySpec, write_tiny
+
+
+# A test does not begin with what another has learned. Whoever tests that says so; processes that tests start inherit it.
+os.environ["EXPERTIER_PROFILE"] = "off"
 
 
 @pytest.fixture(scope="session")

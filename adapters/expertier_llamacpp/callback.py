@@ -29,6 +29,7 @@ from expertier.budget import format_bytes
 from expertier.errors import BudgetError, ExpertLoadError
 from expertier.manager import Lease, OffloadManager, Phase
 from expertier_llamacpp import ggml
+from expertier_llamacpp.batches import BatchTokens
 from expertier_llamacpp.gate_input import GateInput
 from expertier_llamacpp.ggml import MEMORY, NAME_OFFSET, OP_OFFSET, SRC_OFFSET, WORDS
 from expertier_llamacpp.router import RouterScores, write_ids
@@ -116,6 +117,9 @@ class EvalHook:
         self._topk_node = 0
         self._previous_layer = -1
         self._step_open = False
+        self._batch: BatchTokens | None = None
+        self._begun = 0  # rows of the batch whose step has begun
+        self._phase: Phase = "decode"
         self._quiet = False  # nothing can be absent in this call
         self.error: BaseException | None = None
         self.compute_node = 0  # a tensor of the last graph, by which its compute buffer is found
@@ -128,18 +132,19 @@ class EvalHook:
     def begin(self, batch: Any) -> None:
         """Prepare for a llama.cpp call that runs the graph over a ``llama_batch``."""
         self.error = None
+        self._batch = rows = BatchTokens(batch)
+        self._begun = 0
         if self._recording is not None:
             self._recording.begin(batch)
-        elif batch.n_tokens == 1:
+        elif rows.count and rows.phase(0, rows.count) == "decode":
             # With everything resident there is nothing to stop for: a stop costs the threads a sleep and a waking.
-            self._lease = self._manager.hold_all()
+            self._lease = self._manager.hold_all(rows.count)
             self._quiet = self._step_open = self._lease is not None
             if self._quiet and self._virtual is not None:
-                self._virtual.begin_step(1, "decode")
+                self._virtual.begin_step(rows.count, "decode")
         if self._ahead is not None and self._ahead.follows_tokens:
-            spans = spans_of(batch)
-            one_each = len(spans) == len({span.key for span in spans}) == batch.n_tokens
-            self._ahead.begin(spans, decode=one_each and not self._quiet)
+            decode = bool(rows.count) and rows.phase(0, rows.count) == "decode"
+            self._ahead.begin(spans_of(batch), decode=decode and not self._quiet)
         self.compute_node = 0
         self._previous_layer = self._owed_layer = -1
         self._stopped_at = 0
@@ -147,6 +152,7 @@ class EvalHook:
     def finish(self) -> None:
         """End the call: unpin, and raise what went wrong inside it."""
         self._quiet = False
+        self._batch = None
         if self.error is None and (self._stopped_at or self._owed_layer >= 0):
             self.error = _lost_callback()
         for node in self._disarmed:  # llama.cpp may use the same graph again
@@ -222,12 +228,14 @@ class EvalHook:
         if layer <= self._previous_layer or not self._step_open:
             if self._step_open:
                 self._end_step()
-            phase: Phase = "decode" if len(routes) == 1 else "prefill"
-            self._manager.begin_step(len(routes), phase)
+            start, self._begun = self._begun, self._begun + len(routes)
+            assert self._batch is not None  # set by begin()
+            self._phase = self._batch.phase(start, self._begun)
+            self._manager.begin_step(len(routes), self._phase)
             if self._virtual is not None:
-                self._virtual.begin_step(len(routes), phase)
+                self._virtual.begin_step(len(routes), self._phase)
             if self._recording is not None:
-                self._recording.begin_step(len(routes), phase)
+                self._recording.begin_step(len(routes), self._phase)
             self._step_open = True
         self._previous_layer = layer
         self._topk_node = self.compute_node = node
@@ -240,7 +248,7 @@ class EvalHook:
         self._owed_layer = layer
         # What a prediction would load while stand-ins are allowed is mostly what they stand in for.
         if self._ahead is not None and not (self._virtual is not None and self._virtual.substituting):
-            self._ahead.after_router(layer, routes, lambda: self._gate_input.of(node), decode=len(routes) == 1)
+            self._ahead.after_router(layer, routes, lambda: self._gate_input.of(node), decode=self._phase == "decode")
 
     def _stand_ins(self, layer: int, routes: NDArray[np.int64], node: int) -> NDArray[np.int64]:
         """Let resident experts stand in for absent ones: the ids in the graph become those that are returned."""

@@ -19,18 +19,19 @@ class GateInput:
         self._mul_mat = ggml.op_number("MUL_MAT")
 
     def of(self, node: int) -> NDArray[np.float32] | None:
-        """Follow the graph back to the router's multiplication and return its input, shape ``(1, hidden)``.
+        """Follow the graph back to the router's multiplication and return its input, shape ``(tokens, hidden)``.
 
-        ``None`` when the router is not a multiplication of 32-bit floats.
+        ``None`` when the router is not a multiplication of 32-bit floats, row after row.
         """
         for _ in range(_DEPTH):
             tensor = ggml.Tensor.from_address(node)
             if tensor.op == self._mul_mat:
                 source = ggml.Tensor.from_address(tensor.src[1])
-                if source.type != 0:  # GGML_TYPE_F32
+                width, tokens = source.ne[0], source.ne[1]
+                if source.type != 0 or source.nb[1] != 4 * width:  # GGML_TYPE_F32
                     return None
-                values = (ctypes.c_float * source.ne[0]).from_address(source.data)
-                return np.frombuffer(values, np.float32)[None]
+                values = (ctypes.c_float * (tokens * width)).from_address(source.data)
+                return np.frombuffer(values, np.float32).reshape(tokens, width)
             parent = tensor.view_src or tensor.src[0]
             if not parent:
                 return None

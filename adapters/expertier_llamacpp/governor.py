@@ -73,6 +73,8 @@ class BudgetGovernor:
         Bytes never used.
     smallest, largest : int
         Bounds of the expert budget: one token's experts, and all of them.
+    resting : int
+        Tokens of a step that is so common (one of every sequence) that its memory is never taken back.
 
     Raises
     ------
@@ -80,16 +82,26 @@ class BudgetGovernor:
         When not even one token's experts fit.
     """
 
-    def __init__(self, manager: OffloadManager, step: StepMemory, *, margin: int, smallest: int, largest: int) -> None:
+    def __init__(
+        self,
+        manager: OffloadManager,
+        step: StepMemory,
+        *,
+        margin: int,
+        smallest: int,
+        largest: int,
+        resting: int = 1,
+    ) -> None:
         self._manager = manager
         self._step = step
         self._margin = margin
         self._smallest = smallest
         self._largest = largest
-        self._tokens = 1  # the longest step since memory was last given back
+        self._resting = min(resting, step.n_ubatch)
+        self._tokens = self._resting  # the longest step since memory was last given back
         self._worked = 1  # the longest step ever
         self._total = self._measure()
-        self._apply(1)
+        self._apply(self._resting)
 
     def _measure(self) -> int:
         """Bytes that experts and the compute buffer may share from now on."""
@@ -122,14 +134,14 @@ class BudgetGovernor:
         compute_node : int
             Address of a tensor in the compute buffer, 0 when the step ran no MoE layer.
         """
-        if self._tokens <= 1 or not compute_node:
+        if self._tokens <= self._resting or not compute_node:
             return
         release_compute_buffer(compute_node)
         self._worked = max(self._worked, self._tokens)
-        self._tokens = 1
+        self._tokens = self._resting
         # Others may have taken memory meanwhile: shrink as far as possible, the finished step stays good.
-        self._total = max(self._measure(), self._smallest + self._step.compute(1))
-        self._apply(1)
+        self._total = max(self._measure(), self._smallest + self._step.compute(self._resting))
+        self._apply(self._resting)
 
 
 def release_compute_buffer(node: int) -> None:

@@ -68,6 +68,9 @@ class Llama(llama_cpp.Llama):
     expert_budget : str or int, default "auto"
         Memory for experts: bytes, ``"8GiB"``, ``"25%"`` of all experts, or ``"auto"`` = all that the tightest memory
         limit (control group or free memory) leaves beside everything else.
+    max_sequences : int, default 1
+        Sequences the context can hold at a time, in one KV buffer of `n_ctx` tokens. This class itself uses one;
+        :class:`expertier_llamacpp.BatchEngine` uses all.
     **kwargs
         Other ``expert_`` options and everything ``llama_cpp.Llama`` takes.
 
@@ -108,10 +111,11 @@ class Llama(llama_cpp.Llama):
         own = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith(_KEYWORD)}
         self._closing: list[Callable[[], None]] = []
         self._use = _Use()
-        self._offload_arguments = own
+        sequences = kwargs.pop("max_sequences", 1)
+        self._offload_arguments = own if sequences == 1 else {**own, "max_sequences": sequences}
         ggml.self_check()
         options = OffloadOptions.from_mapping({name[len(_KEYWORD) :]: value for name, value in own.items()})
-        _refuse_options(kwargs)
+        _refuse_options(kwargs, sequences)
         layouts = read_layout(model_path)
         self.catalog = build_catalog(layouts)
         parse_budget(options.budget, self.catalog.total_expert_bytes)  # a slip of the pen is told before any work
@@ -122,7 +126,7 @@ class Llama(llama_cpp.Llama):
             refuse_unknown(self.catalog.architecture)
             self.virtual = VirtualExperts([layer.layer for layer in self.catalog.layers], settings)
         try:
-            self._construct(model_path, kwargs, options, layouts)
+            self._construct(model_path, kwargs, options, layouts, sequences)
         except BaseException:
             self.close()
             raise
@@ -131,7 +135,9 @@ class Llama(llama_cpp.Llama):
             print(self.mode_line(), file=sys.stderr)
         logger.info("%s", self.mode_line())
 
-    def _construct(self, model_path: str, kwargs: dict[str, Any], options: OffloadOptions, layouts: Any) -> None:
+    def _construct(
+        self, model_path: str, kwargs: dict[str, Any], options: OffloadOptions, layouts: Any, sequences: int
+    ) -> None:
         catalog = self.catalog
         self._kernels = kernels = choose_kernels(catalog, layouts, options)
         files = open_files((*catalog.files, *kernels.files), options.io_mode)
@@ -197,6 +203,7 @@ class Llama(llama_cpp.Llama):
             buffers=buffers,
             extra_buffer_types=kernels.extra_buffer_types,
             on_loaded=on_loaded,
+            sequences=sequences,
         )
         before = process_memory()
         try:
@@ -219,6 +226,7 @@ class Llama(llama_cpp.Llama):
                 margin=_margin(options),
                 smallest=smallest,
                 largest=largest,
+                resting=sequences,
             )
         if self.quality is not None and self.virtual is not None:
             self.quality.attach(self.virtual, lambda: manager.budget, largest, definite=asked is not None)
@@ -335,7 +343,12 @@ def _check_machine(budget: int, promised: int) -> None:
         )
 
 
-def _refuse_options(kwargs: dict[str, Any]) -> None:
+def _refuse_options(kwargs: dict[str, Any], sequences: int) -> None:
+    most = llama_cpp.llama_max_parallel_sequences()
+    if isinstance(sequences, bool) or not isinstance(sequences, int) or not 1 <= sequences <= most:
+        raise UnsupportedOptionError(
+            f"max_sequences={sequences!r} is not possible.", f"llama.cpp holds 1 to {most} sequences."
+        )
     if kwargs.get("n_gpu_layers"):
         raise UnsupportedOptionError(
             "n_gpu_layers > 0 is not supported: Expertier manages experts in main memory.", "Leave n_gpu_layers at 0."

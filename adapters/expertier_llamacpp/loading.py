@@ -36,6 +36,8 @@ class ModelLoader:
     on_loaded : callable
         Called with the bound tensors when the model is loaded and before its context is made; returns the eval
         callback of the context.
+    sequences : int
+        Sequences the context can hold, in one KV buffer.
     """
 
     def __init__(
@@ -46,12 +48,14 @@ class ModelLoader:
         buffers: ExpertBuffers,
         extra_buffer_types: bool,
         on_loaded: Callable[[dict[int, tuple[str, int]]], Any],
+        sequences: int = 1,
     ) -> None:
         self._path = path
         self._files = files
         self._buffers = buffers
         self._extra_buffer_types = extra_buffer_types
         self._on_loaded = on_loaded
+        self._sequences = sequences
         self._callback: Any = None
         self._signals = signals = HeldSignals()
         # The model's parameters keep the callback, so it must not refer to this loader, which refers to the model.
@@ -62,8 +66,8 @@ class ModelLoader:
     def installed(self) -> Iterator[None]:
         """Redirect this thread's model and context creation while the block runs.
 
-        ``llama_cpp.Llama`` offers no argument for buffer overrides, extra buffer types or the eval callback, so the
-        two module functions it calls are replaced for the duration; other threads get the originals.
+        ``llama_cpp.Llama`` offers no argument for buffer overrides, extra buffer types, several sequences or the eval
+        callback, so the two module functions it calls are replaced for the duration; other threads get the originals.
         """
         thread = threading.get_ident()
 
@@ -73,6 +77,9 @@ class ModelLoader:
         def init(model: Any, params: Any) -> Any:
             if threading.get_ident() == thread and self._callback is not None:
                 params.cb_eval = self._callback
+                if self._sequences > 1:
+                    params.n_seq_max = self._sequences
+                    params.kv_unified = True  # sequences share the cells of a common prefix
             return stock_init(model, params)
 
         with _patching:

@@ -1,0 +1,47 @@
+"""What a ``llama_batch`` says about its tokens; nobody else reads one."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from expertier.manager import Phase
+
+
+class BatchTokens:
+    """The rows of a ``llama_batch``, read when they are asked for and only while the batch lives.
+
+    Parameters
+    ----------
+    batch : llama_batch
+        What ``llama_decode`` was called with.
+
+    Notes
+    -----
+    llama.cpp computes a batch in micro-batches. With one KV buffer for all sequences (``kv_unified``, or one sequence)
+    these are neighbouring rows, in order (upstream: ``llama_batch_allocr::split_simple``).
+    """
+
+    def __init__(self, batch: Any) -> None:
+        self._batch = batch
+        self.count = int(batch.n_tokens)
+
+    @functools.cached_property
+    def sequences(self) -> list[int]:
+        """The sequence of every row."""
+        rows = self._batch.seq_id
+        return [rows[index][0] for index in range(self.count)]
+
+    def phase(self, start: int, stop: int) -> Phase:
+        """What kind of step the rows from `start` to `stop` are.
+
+        A step is "decode" when each of its tokens belongs to a sequence of its own: such tokens are simultaneous. As
+        soon as it has several tokens of one sequence, it computes a prompt, whoever else decodes beside it.
+        """
+        if stop - start == 1:
+            return "decode"
+        rows = self._batch.seq_id
+        if stop > self.count or rows[start][0] == rows[start + 1][0]:
+            return "prefill"
+        sequences = self.sequences[start:stop]
+        return "decode" if len(set(sequences)) == len(sequences) else "prefill"
