@@ -1,5 +1,6 @@
-"""Expertier for llama.cpp: ``from expertier_llamacpp import Llama``."""
+"""Expertier for llama.cpp: ``from expertier_llamacpp import Llama, BatchEngine``."""
 
+from expertier_llamacpp.batch import BatchEngine
 from expertier_llamacpp.llama import Llama
 
-__all__ = ["Llama"]
+__all__ = ["BatchEngine", "Llama"]

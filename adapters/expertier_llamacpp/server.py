@@ -11,6 +11,9 @@ Upstream symbols that are touched, all of them public:
 * ``llama_cpp.server.model.LlamaProxy.load_llama_from_model_settings`` is wrapped: it tells the options of the model
   that is about to be constructed.
 * ``llama_cpp.Llama`` is replaced: it is the class that function constructs, and whose methods the routes call.
+
+With ``--max-sequences 8`` the two routes of completions are ours (:mod:`expertier_llamacpp.batch.routes`): many
+requests are computed together, where the stock ones hold a lock for one at a time.
 """
 
 from __future__ import annotations
@@ -28,14 +31,17 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn, Union, get_args
 import llama_cpp
 import pydantic
 import uvicorn
-from fastapi import Depends, HTTPException
+from fastapi import Depends, HTTPException, Request
 from llama_cpp.server import app as stock_app
 from llama_cpp.server.cli import add_args_from_model, parse_model_from_args
 from llama_cpp.server.model import LlamaProxy
 from llama_cpp.server.settings import ModelSettings, ServerSettings
 
 from expertier.config import OffloadOptions
-from expertier.errors import ExpertierError
+from expertier.errors import ExpertierError, UnsupportedOptionError
+from expertier.scheduling import BATCHERS
+from expertier_llamacpp.batch import BatchEngine
+from expertier_llamacpp.batch.routes import batch_router
 from expertier_llamacpp.llama import Llama
 
 if TYPE_CHECKING:
@@ -63,13 +69,19 @@ def _option_fields() -> dict[str, Any]:
     return found
 
 
-class _LockingOff(ModelSettings):
+class _ServedModel(ModelSettings):
     # The stock server asks to lock the whole model in memory: the opposite of a bounded budget.
     use_mlock: bool = pydantic.Field(default=False, description="Use mlock (for everything but the experts).")
+    max_sequences: int = pydantic.Field(
+        default=1, ge=1, description="Requests that are computed together; with 1 they are served one after the other."
+    )
+    scheduling: str = pydantic.Field(
+        default="fcfs", description=f"Who joins next when more wait: {', '.join(BATCHERS)} (with max_sequences)."
+    )
 
 
 OffloadModelSettings: Final[Any] = pydantic.create_model(
-    "OffloadModelSettings", __base__=_LockingOff, **_option_fields()
+    "OffloadModelSettings", __base__=_ServedModel, **_option_fields()
 )
 """The stock model settings and the options of Expertier."""
 
@@ -95,7 +107,7 @@ class ServedLlama(Llama):
 
 def _with_options(stock: Callable[[Any], Any]) -> Callable[[Any], Any]:
     def load(settings: Any) -> Any:
-        names = [PREFIX + option.name for option in fields(OffloadOptions)]
+        names = ["max_sequences", *(PREFIX + option.name for option in fields(OffloadOptions))]
         given = {name: getattr(settings, name, None) for name in names}
         token = _options.set({name: value for name, value in given.items() if value is not None})
         try:
@@ -121,6 +133,7 @@ def create_app(server: ServerSettings, models: Sequence[ModelSettings]) -> FastA
     ExpertierError
         When the first model cannot be loaded as asked.
     """
+    together = _serves_together(models)
     stock_load = LlamaProxy.load_llama_from_model_settings
     if llama_cpp.Llama is not ServedLlama:
         llama_cpp.Llama = ServedLlama  # type: ignore[misc]
@@ -133,19 +146,49 @@ def create_app(server: ServerSettings, models: Sequence[ModelSettings]) -> FastA
         if config_file is not None:
             os.environ["CONFIG_FILE"] = config_file
 
+    model = None if stock_app._llama_proxy is None else stock_app._llama_proxy._current_model
+    if together is not None and isinstance(model, Llama):
+        engine = BatchEngine.over(model, scheduling=together.scheduling)
+        engine.start()
+        app.state.batch_engine = engine
+        stock_routes = list(app.router.routes)
+        app.include_router(batch_router(engine))
+        ours = app.router.routes[len(stock_routes) :]
+        app.router.routes[:] = [*ours, *stock_routes]  # the first that matches answers
     app.add_api_route(
         "/expertier/stats", _stats, dependencies=[Depends(stock_app.authenticate)], tags=["Expertier"], methods=["GET"]
     )
     return app
 
 
-def _stats() -> dict[str, Any]:
+def _serves_together(models: Sequence[ModelSettings]) -> Any:
+    """The model whose requests are computed together, or ``None``; what cannot be beside that is refused."""
+    wanted: list[Any] = [model for model in models if getattr(model, "max_sequences", 1) > 1]
+    if not wanted:
+        return None
+    model = wanted[0]
+    impossible = {
+        "several models": len(models) > 1,
+        "embedding": model.embedding,
+        "cache (common beginnings of prompts are kept anyway)": model.cache,
+        "draft_model": model.draft_model is not None,
+        "clip_model_path": model.clip_model_path is not None,
+    }
+    for name, asked in impossible.items():
+        if asked:
+            raise UnsupportedOptionError(f"max_sequences cannot be combined with {name}.", "Leave one of them out.")
+    return model
+
+
+def _stats(request: Request) -> dict[str, Any]:
     """Counters of the model that is loaded now; answered while it generates, too."""
     proxy = stock_app._llama_proxy
     model = None if proxy is None else proxy._current_model
     if proxy is None or not isinstance(model, Llama):
         raise HTTPException(503, "No model is loaded.")
-    return {"model": proxy._current_model_alias, "mode": model.mode_line(), **model.offload.stats().as_dict()}
+    stats = {"model": proxy._current_model_alias, "mode": model.mode_line(), **model.offload.stats().as_dict()}
+    engine = getattr(request.app.state, "batch_engine", None)
+    return stats if engine is None else {**stats, "engine": engine.stats().as_dict()}
 
 
 def _read_config(path: Path) -> OffloadConfigFile:
@@ -155,6 +198,12 @@ def _read_config(path: Path) -> OffloadConfigFile:
 
         text = json.dumps(yaml.safe_load(text))
     return OffloadConfigFile.model_validate_json(text)
+
+
+def _underscored(word: str) -> str:
+    """Let ``--max-sequences`` be what the stock command line writes ``--max_sequences``."""
+    name, equals, value = word.partition("=")
+    return name.replace("-", "_").replace("__", "--", 1) + equals + value if word.startswith("--") else word
 
 
 def _settings(arguments: Sequence[str] | None) -> tuple[ServerSettings, list[ModelSettings]]:
@@ -168,7 +217,7 @@ def _settings(arguments: Sequence[str] | None) -> tuple[ServerSettings, list[Mod
         if action.dest.startswith(PREFIX) and action.help:
             action.help = action.help.replace("%", "%%")
     parser.add_argument("--config_file", type=str, help="Path to a config file to load.")
-    given = parser.parse_args(arguments)
+    given = parser.parse_args([_underscored(word) for word in (sys.argv[1:] if arguments is None else arguments)])
     config_file = os.environ.get("CONFIG_FILE", given.config_file)
     if config_file:
         config = _read_config(Path(config_file))
@@ -189,13 +238,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _refuse(f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
     except (ExpertierError, OSError, ValueError, RuntimeError) as error:
         _refuse(str(error))
-    uvicorn.run(
-        app,
-        host=os.getenv("HOST", server.host),
-        port=int(os.getenv("PORT", server.port)),
-        ssl_keyfile=server.ssl_keyfile,
-        ssl_certfile=server.ssl_certfile,
-    )
+    try:
+        uvicorn.run(
+            app,
+            host=os.getenv("HOST", server.host),
+            port=int(os.getenv("PORT", server.port)),
+            ssl_keyfile=server.ssl_keyfile,
+            ssl_certfile=server.ssl_certfile,
+        )
+    finally:
+        engine = getattr(app.state, "batch_engine", None)
+        if engine is not None:
+            engine.close()
 
 
 def _refuse(reason: str) -> NoReturn:

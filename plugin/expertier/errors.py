@@ -142,3 +142,21 @@ class QualityBudgetError(ExpertierError, ValueError):
 
 class QualityProfileError(ExpertierError):
     """There is no quality profile, it is damaged, or it belongs to another model, version or policy."""
+
+
+class RequestError(ExpertierError, ValueError):
+    """A request that cannot be served as asked: an empty prompt, an option that is not possible."""
+
+    __str__ = ExpertierError.__str__
+
+
+class RequestTooLongError(RequestError):
+    """The prompt leaves no room for output in the context."""
+
+
+class RequestCancelledError(ExpertierError):
+    """The request was cancelled, or its client went away."""
+
+
+class ContextFullError(ExpertierError):
+    """The KV memory has no room for the next token of a request, though it is the only one."""

@@ -1,0 +1,62 @@
+"""One chain of llama.cpp's samplers per request."""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Any
+
+import llama_cpp
+from llama_cpp._internals import LlamaSampler
+
+from expertier.errors import RequestError
+from expertier_llamacpp.batch.requests import Sampling
+
+_LAST = 64  # tokens that penalties look at, llama_cpp's default
+
+
+def make_sampler(llama: llama_cpp.Llama, sampling: Sampling) -> Any:
+    """Build the chain that ``llama_cpp.Llama`` builds for the same options (upstream: ``Llama._init_sampler``).
+
+    Raises
+    ------
+    RequestError
+        When an option is out of its range; llama.cpp would end the process or sample nonsense.
+    """
+    _check(llama, sampling)
+    chain = LlamaSampler()  # type: ignore[no-untyped-call]
+    if sampling.logit_bias:
+        chain.add_logit_bias(llama.n_vocab(), dict(sampling.logit_bias))
+    chain.add_penalties(
+        n_vocab=llama.n_vocab(),
+        penalty_last_n=_LAST,
+        penalty_repeat=sampling.repeat_penalty,
+        penalty_freq=sampling.frequency_penalty,
+        penalty_present=sampling.presence_penalty,
+    )
+    if sampling.temperature == 0:
+        chain.add_greedy()  # type: ignore[no-untyped-call]
+        return chain
+    chain.add_top_k(sampling.top_k)
+    chain.add_typical(sampling.typical_p, 1)
+    chain.add_top_p(sampling.top_p, 1)
+    chain.add_min_p(sampling.min_p, 1)
+    chain.add_temp(sampling.temperature)
+    chain.add_dist(random.getrandbits(32) if sampling.seed is None else sampling.seed & 0xFFFFFFFF)
+    return chain
+
+
+def _check(llama: llama_cpp.Llama, sampling: Sampling) -> None:
+    numbers = {
+        name: getattr(sampling, name)
+        for name in ("temperature", "top_p", "min_p", "typical_p", "repeat_penalty")
+        if not (math.isfinite(getattr(sampling, name)) and getattr(sampling, name) >= 0)
+    }
+    if numbers:
+        name, value = next(iter(numbers.items()))
+        raise RequestError(f"{name}={value!r} is not possible.", "Give a number that is not negative.")
+    if sampling.repeat_penalty == 0:
+        raise RequestError("repeat_penalty=0 is not possible.", "1 is no penalty.")
+    wrong = [token for token in sampling.logit_bias or () if not 0 <= token < llama.n_vocab()]
+    if wrong:
+        raise RequestError(f"logit_bias names token {wrong[0]}, the vocabulary has {llama.n_vocab()}.")
