@@ -207,6 +207,7 @@ class BatchEngine:
     def _submit_text(
         self, request: Request, index: int, tell: Callable[[Output], None], *, stream: bool
     ) -> ActiveSequence:
+        self._check_open()  # the vocabulary goes with the model
         tokens = self._tokens_of(request.prompt)
         if request.max_tokens is not None and request.max_tokens < 1:
             raise RequestError(f"max_tokens={request.max_tokens} is not possible.", "Give at least 1, or None.")
@@ -249,8 +250,7 @@ class BatchEngine:
             tokens, sampler, receiver, most=left if max_tokens is None else min(max_tokens, left), priority=priority
         )
         with self._work:
-            if self._closed:
-                raise ManagerClosedError("The engine is closed.", "Load the model again.")
+            self._check_open()
             self._loop.add(sequence)
             self._awake = True
             self._work.notify_all()
@@ -335,9 +335,12 @@ class BatchEngine:
     def step(self) -> bool:
         """Let requests join and leave, and compute one step; whether there was anything to compute."""
         with self._stepping:
-            if self._closed:
-                raise ManagerClosedError("The engine is closed.", "Load the model again.")
+            self._check_open()
             return self._loop.step()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ManagerClosedError("The engine is closed.", "Load the model again.")
 
 
 _SAMPLING = frozenset(item.name for item in fields(Sampling))
