@@ -38,10 +38,10 @@ class BatchTokens:
         A step is "decode" when each of its tokens belongs to a sequence of its own: such tokens are simultaneous. As
         soon as it has several tokens of one sequence, it computes a prompt, whoever else decodes beside it.
         """
-        if stop - start == 1:
+        if stop - start <= 1:
             return "decode"
-        rows = self._batch.seq_id
-        if stop > self.count or rows[start][0] == rows[start + 1][0]:
+        rows = self._batch.seq_id  # none in a batch of llama_batch_get_one: one sequence then
+        if not rows or stop > self.count or rows[start][0] == rows[start + 1][0]:
             return "prefill"
         sequences = self.sequences[start:stop]
         return "decode" if len(set(sequences)) == len(sequences) else "prefill"
