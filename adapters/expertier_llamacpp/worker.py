@@ -9,14 +9,17 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import llama_cpp
 import numpy as np
 from llama_cpp import llama_cpp as C  # noqa: N812 - the name llama-cpp-python itself uses for its C interface
+from numpy.typing import NDArray
 
 from expertier.comparison.job import answer_job
+from expertier.comparison.quality import DecodedLogits
 from expertier.errors import ExpertierError
 from expertier.telemetry import Stats
 from expertier_llamacpp.adapter import can_repack
@@ -97,11 +100,12 @@ def _measure_loaded(job: dict[str, Any], llama: llama_cpp.Llama) -> dict[str, An
     choices: list[int] = []
     ttft_short: list[float] = []
     token_seconds: list[float] = []
+    logits_file = DecodedLogits(job)
     read_before_decode = 0
     decode_read = 0
     offload = _OffloadDelta(llama) if job["ours"] else None
 
-    def step(tokens: list[int]) -> float:
+    def step(tokens: list[int]) -> tuple[float, NDArray[np.float32]]:
         begin = time.perf_counter()
         llama.eval(tokens)
         seconds = time.perf_counter() - begin
@@ -109,21 +113,29 @@ def _measure_loaded(job: dict[str, Any], llama: llama_cpp.Llama) -> dict[str, An
         logits.update(row.tobytes())
         fed.update(np.array(tokens, np.int32).tobytes())
         choices.append(int(row.argmax()))
-        return seconds
+        return seconds, row
+
+    def decode(text: int, tokens: list[int], start: int) -> Iterator[float]:
+        for position in range(start, len(tokens)):
+            seconds, row = step([tokens[position]])
+            if position + 1 < len(tokens):
+                logits_file.add(text, tokens[position + 1], row)
+            yield seconds
 
     # The long prompt comes first: it is what a user meets after loading, and afterwards all arms are warm.
-    ttft_long = step(long_prompt)
-    for tokens in texts:
+    ttft_long, _ = step(long_prompt)
+    for text, tokens in enumerate(texts):
         llama.reset()  # type: ignore[no-untyped-call]
-        ttft_short.append(step(tokens[: job["short_prompt"]]))
+        ttft_short.append(step(tokens[: job["short_prompt"]])[0])
         read_before_decode = _read_bytes()
         if offload is not None:
             offload.begin()
         # Real text is fed, whatever the model would have said: the same tokens in all arms, and no loops.
-        token_seconds += [step([token]) for token in tokens[job["short_prompt"] :]]
+        token_seconds += decode(text, tokens, job["short_prompt"])
         if offload is not None:
             offload.end()
         decode_read += _read_bytes() - read_before_decode
+    logits_file.close()
     return {
         "ttft_long_seconds": ttft_long,
         "ttft_short_seconds": ttft_short,
@@ -147,9 +159,14 @@ class _OffloadDelta:
         self._before = Stats()
         self._hits = self._ready = self._requests = self._misses = self._bytes = 0
         self._stall = 0.0
+        virtual = llama.virtual
+        self._mass = np.zeros(0 if virtual is None else len(virtual.mass))
+        self._mass_before = self._mass
 
     def begin(self) -> None:
         self._before = self._llama.offload.stats()
+        if self._llama.virtual is not None:
+            self._mass_before = self._llama.virtual.mass.copy()
 
     def end(self) -> None:
         after, before = self._llama.offload.stats(), self._before
@@ -159,6 +176,8 @@ class _OffloadDelta:
         self._misses += after.decode.misses - before.decode.misses
         self._stall += after.decode.stall_seconds - before.decode.stall_seconds
         self._bytes += after.bytes_read - before.bytes_read
+        if self._llama.virtual is not None:
+            self._mass = self._mass + self._llama.virtual.mass - self._mass_before
 
     def record(self, tokens: int) -> dict[str, Any]:
         stats = self._llama.offload.stats()
@@ -172,6 +191,17 @@ class _OffloadDelta:
             "misses_per_token": self._misses / tokens,
             "stall_ms_per_token": 1e3 * self._stall / tokens,
             "read_bytes_per_token": self._bytes / tokens,
+            **self._virtual(tokens),
+        }
+
+    def _virtual(self, tokens: int) -> dict[str, Any]:
+        virtual, quality = self._llama.virtual, self._llama.quality
+        if virtual is None:
+            return {}
+        return {
+            "bias": None if virtual.hard else virtual.bias,
+            "calibrated_bias": None if quality is None else quality.stats(virtual).calibrated_bias,
+            "substituted": (self._mass / tokens).tolist(),
         }
 
 

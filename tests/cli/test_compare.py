@@ -77,6 +77,42 @@ def test_repacked_kernels_are_compared_with_repacked_kernels(
     assert data["summary"]["identity"]["agreement"] is not None
 
 
+def test_lossy_arms_are_marked_measured_and_no_part_of_the_equality(
+    invoke: Invoke,
+    invoke_json: Callable[..., Any],
+    tiny_model: TinyModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(compare_module, "find_confinement", lambda: (None, {}))
+    out = tmp_path / "out"
+    given = ("--limit", "none", "--budget", "50%", "--quality-budget", "0", "--quality-budget", "0.4", "--out", out)
+    data = invoke_json("compare", tiny_model(TinySpec(experts=16, expert_type="F16")), *given, *FAST, "--tokens", 64)
+    arms = {arm["key"]: arm for arm in data["comparison"]["arms"]}
+    assert [key for key, arm in arms.items() if arm["lossy"]] == ["expertier-quality-0.4"]
+    figures = {key: arm["runs"][0]["figures"] for key, arm in arms.items()}
+    assert figures["expertier-quality-0"]["logits_digest"] == figures["stock"]["logits_digest"]
+    assert figures["expertier-quality-0.4"]["logits_digest"] != figures["stock"]["logits_digest"]
+    found = figures["expertier-quality-0.4"]["quality"]
+    assert found["kl"] > 0 and found["agreement"] <= 1
+    assert found["increase"]["low"] <= found["increase"]["middle"] <= found["increase"]["high"]
+    offload = figures["expertier-quality-0.4"]["offload"]
+    assert offload["bias"] == 0.4 and max(offload["substituted"]) > 0
+    assert offload["misses_per_token"] < found["exact_misses_per_token"]
+    identity = data["summary"]["identity"]
+    assert identity["same_logits"] is True and identity["lossy_arms"] == 1
+    text = invoke("report", out)
+    assert "lossy" in text.stdout and "what lossy arms lost" in text.stdout and "no part of this" in text.stdout
+
+
+def test_a_percentage_without_a_profile_is_refused_before_anything_runs(
+    invoke: Invoke, tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    result = invoke("compare", tiny_model(TinySpec()), "--quality-budget", "1%", "--out", tmp_path / "out", *FAST)
+    assert result.exit_code == 2
+    assert "expertier profile" in result.output
+
+
 def test_a_budget_that_is_too_small_is_the_status_of_its_arm(
     invoke_json: Callable[..., Any], tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -177,6 +177,13 @@ def compare(
         list[str] | None,
         typer.Option("--variant", help="One more Expertier arm: NAME:option=value,option=value. May be repeated."),
     ] = None,
+    quality_budget: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--quality-budget",
+            help="One more Expertier arm that may lose so much, measured: 1%, a bias, or 0. Repeat it for several.",
+        ),
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Two repeats and few tokens: a first impression.")] = False,
     out: Annotated[
         Path | None, typer.Option("--out", help="Directory for record and figure. \\[default: in the cache directory]")
@@ -216,6 +223,7 @@ def compare(
             wait_policy=wait_policy,
             timeout=timeout,
             as_json=as_json,
+            quality_budgets=tuple(quality_budget or ()),
         )
     )
 

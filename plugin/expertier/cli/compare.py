@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -25,6 +26,7 @@ from expertier.comparison.hardware import describe_hardware
 from expertier.comparison.limits import find_confinement
 from expertier.comparison.page_cache import Readahead, drop_method
 from expertier.comparison.prompts import load_texts
+from expertier.comparison.quality import LogitsFolder
 from expertier.comparison.records import ArmRecord, Comparison, ModelRecord, Run, Settings, read_comparison
 from expertier.comparison.runner import Runner, Workload
 from expertier.comparison.summary import Summary, summarise
@@ -33,6 +35,7 @@ from expertier.config import OffloadOptions
 from expertier.errors import UnsupportedOptionError
 from expertier.planning.calibrate import DiskSpeed, measure_disk
 from expertier.planning.memory import memory_left
+from expertier.quality.serving import read_quality_budget
 
 RECORD = "comparison.json"
 FIGURE = "comparison.png"
@@ -62,6 +65,7 @@ class CompareRequest:
     timeout: float
     as_json: bool
     requests: tuple[int, ...] | None = None
+    quality_budgets: tuple[str, ...] = ()
 
 
 def compare(request: CompareRequest) -> None:
@@ -74,6 +78,7 @@ def compare(request: CompareRequest) -> None:
     parse_budget(request.options.budget, catalog.total_expert_bytes)  # a typing error shows now, not as failed arms
     limits = [parse_limit(text, catalog.file_bytes) for text in request.limits or usual.limits]
     requests = _requests(request, usual)
+    _check_quality(request, usual, catalog)
     out = prepare_folder(request.out, "comparisons", RECORD)
     confinement, reasons = find_confinement()
     readahead = Readahead(request.model)
@@ -93,6 +98,7 @@ def compare(request: CompareRequest) -> None:
         only=request.arms,
         readaheads=request.readaheads,
         budgets=usual.budgets,
+        quality_budgets=request.quality_budgets,
     )
     texts_wanted = min(_TEXTS, request.tokens)
     per_text = -(-request.tokens // texts_wanted)
@@ -147,8 +153,11 @@ def compare(request: CompareRequest) -> None:
         wait_policy=request.wait_policy,
         timeout=request.timeout,
     )
-    runner = Runner(adapter, workload, confinement, readahead)
-    comparison = _run(runner, comparison, catalog, out)
+    with tempfile.TemporaryDirectory(prefix="expertier-logits-") as folder:
+        lossy = usual.evidence == "logits" and any(arm.lossy for arm in arms)
+        workload = replace(workload, logits=LogitsFolder(Path(folder) if lossy else None))
+        runner = Runner(adapter, workload, confinement, readahead)
+        comparison = _run(runner, comparison, catalog, out, workload.logits)
     _show(comparison, out, as_json=request.as_json)
 
 
@@ -160,6 +169,19 @@ def _requests(request: CompareRequest, usual: Workloads) -> tuple[int, ...]:
             f"Comparisons with {request.engine} measure one sequence at a time.", "Leave out --requests."
         )
     return tuple(sorted(set(request.requests)))
+
+
+def _check_quality(request: CompareRequest, usual: Workloads, catalog: Catalog) -> None:
+    """Refuse now what every arm with a quality budget would refuse."""
+    if not request.quality_budgets:
+        return
+    if usual.evidence != "logits":
+        raise UnsupportedOptionError(
+            f"Comparisons with {request.engine} cannot measure perplexity.", "Leave out --quality-budget."
+        )
+    options = replace(request.options, virtual_bias=None, virtual_protect=None, virtual_hard="off")
+    for text in request.quality_budgets:
+        read_quality_budget(replace(options, quality_budget=text), catalog)
 
 
 def _variants(texts: Sequence[str], options: OffloadOptions) -> dict[str, dict[str, object]]:
@@ -197,7 +219,7 @@ def _notes(catalog: Catalog, limits: Sequence[Limit], ability: Ability) -> tuple
     return tuple(notes)
 
 
-def _run(runner: Runner, comparison: Comparison, catalog: Catalog, out: Path) -> Comparison:
+def _run(runner: Runner, comparison: Comparison, catalog: Catalog, out: Path, logits: LogitsFolder) -> Comparison:
     """Run all arms; the record on disk is brought up to date after every run, so that an interrupt loses none."""
     records = {(arm.limit, arm.key): arm for arm in comparison.arms}
     speeds: list[DiskSpeed] = []
@@ -234,6 +256,7 @@ def _run(runner: Runner, comparison: Comparison, catalog: Catalog, out: Path) ->
             on_repeat,
         )
     finished = current(complete=True)
+    finished = replace(finished, arms=logits.judged(finished.arms))
     finished.write(out / RECORD)
     return finished
 

@@ -26,12 +26,16 @@ EXIT_INTERRUPTED = 130
 def offload_flags(function: Callable[..., None]) -> Callable[..., None]:
     """Give a command one flag per field of :class:`OffloadOptions`; it receives them as the argument ``options``.
 
-    A flag that is not given is ``None``: the environment and then the default decide.
+    A flag that is not given is ``None``: the environment and then the default decide. A command that has a parameter of
+    the same name means something else by that flag, and keeps it.
     """
+    own_names = inspect.signature(function).parameters.keys()
     hints = typing.get_type_hints(OffloadOptions)
-    names = [option.name for option in fields(OffloadOptions)]
+    names = [option.name for option in fields(OffloadOptions) if option.name not in own_names]
     flags = []
     for option in fields(OffloadOptions):
+        if option.name in own_names:
+            continue
         default = "" if option.default in (None, MISSING) else f" [default: {option.default}]"
         text = f"{option.metadata['help']}{default} [env: {ENV_PREFIX}{option.name.upper()}]"
         name = "--" + option.name.replace("_", "-")

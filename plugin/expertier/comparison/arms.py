@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from expertier.budget import format_bytes, parse_budget
 from expertier.catalog.types import Catalog
+from expertier.comparison.quality import is_lossy
 from expertier.comparison.records import ArmRecord
 from expertier.errors import BudgetError, UnsupportedOptionError
+from expertier.quality.budget import parse_quality_budget
 
 if TYPE_CHECKING:
     from expertier.cli.engines import Adapter
@@ -18,6 +20,7 @@ USUAL_READAHEAD_KB = 128
 """What Linux sets unless told otherwise, and better than much more for experts read by page faults."""
 
 _OURS = "expertier"
+_NO_STAND_INS = {"virtual_bias": None, "virtual_protect": None, "virtual_hard": "off"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +102,7 @@ def plan_arms(
     only: Sequence[str] | None = None,
     readaheads: Sequence[int] = (USUAL_READAHEAD_KB,),
     budgets: Sequence[str] = (),
+    quality_budgets: Sequence[str] = (),
 ) -> tuple[ArmRecord, ...]:
     """List all arms, those that cannot be run on this machine included, with the reason.
 
@@ -122,6 +126,8 @@ def plan_arms(
         KiB at which stock runs under a limit, besides the setting as found.
     budgets : sequence of str
         Budgets of further Expertier arms where nothing limits memory.
+    quality_budgets : sequence of str
+        Quality budgets of further Expertier arms.
 
     Raises
     ------
@@ -132,10 +138,16 @@ def plan_arms(
     for limit in limits:
         stock = _stock_arms(adapter, catalog, limit, ability, readaheads)
         ours = [_our_arm(catalog, limit, options, ability)]
+        further: list[tuple[str, str, dict[str, Any]]]
         further = [(budget, f"budget {budget}", {"budget": budget}) for budget in budgets if limit.limit_bytes is None]
+        further += [
+            (f"quality-{text}", _quality_label(text), {**_NO_STAND_INS, "quality_budget": text})
+            for text in quality_budgets
+        ]
         for key, name, changes in [*further, *((name, name, given) for name, given in (variants or {}).items())]:
             settings = {**ours[0].settings, **changes}
-            ours.append(replace(ours[0], key=f"{_OURS}-{key}", label=f"Expertier, {name}", settings=settings))
+            label, lossy = f"Expertier, {name}", is_lossy(settings)
+            ours.append(replace(ours[0], key=f"{_OURS}-{key}", label=label, settings=settings, lossy=lossy))
         arms += [_runnable(arm, limit, ability) for arm in (*stock, *ours)]
     if only is not None:
         unknown = set(only) - {arm.key for arm in arms}
@@ -191,7 +203,13 @@ def _our_arm(catalog: Catalog, limit: Limit, options: Mapping[str, Any], ability
         limit=limit.text,
         limit_bytes=limit.limit_bytes,
         settings=chosen,
+        lossy=is_lossy(chosen),
     )
+
+
+def _quality_label(text: str) -> str:
+    budget = parse_quality_budget(text)
+    return {"exact": "exact", "bias": f"bias {text}", "perplexity": f"at most {text} perplexity"}[budget.kind]
 
 
 def _runnable(arm: ArmRecord, limit: Limit, ability: Ability) -> ArmRecord:

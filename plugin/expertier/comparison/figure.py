@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ _INK, _FAINT = "#22313f", "#8795a1"
 _OURS = ("#0f8b8d", "#3fb6a8", "#7fd1c2", "#b5e4db")
 _STOCK = ("#98a6b3", "#bcc6cf", "#d7dde3", "#e7ebef")
 _GIB = 1 << 30
+_LINES = ("o-", "s--", "^:", "v-.")
 
 
 def draw(comparison: Comparison, summary: Summary, path: Path) -> None:
@@ -41,7 +43,8 @@ def draw(comparison: Comparison, summary: Summary, path: Path) -> None:
     colours = _colours(summary, labels)
     with pyplot.rc_context(_style()):
         counts = sorted({load.requests for arm in summary.arms for load in arm.loads if load.requests > 1})[:3]
-        rows = 2 if counts else 1
+        lossy = [arm for arm in summary.arms if arm.quality is not None]
+        rows = 1 + bool(counts) + bool(lossy)
         figure, grid = pyplot.subplots(
             rows,
             3,
@@ -62,11 +65,18 @@ def draw(comparison: Comparison, summary: Summary, path: Path) -> None:
         _name(axes[2], "Peak memory", "GiB, page cache included; the line is the limit")
         for place, count in enumerate(counts):
             _draw_load(bars, grid[1][place], count)
-        free = list(grid[1:, len(counts) :].flat)
+        free = list(grid[1, len(counts) :].flat) if counts else []
         if free:
-            bars.draw(free[0], lambda arm: _gib(arm.peak_rss_bytes), None)
-            _name(free[0], "Peak memory of the worker", "GiB resident in the largest process")
-        for unused in free[1:]:
+            memory = free.pop(0)
+            bars.draw(memory, lambda arm: _gib(arm.peak_rss_bytes), None)
+            _name(memory, "Peak memory of the worker", "GiB resident in the largest process")
+        if lossy:
+            _name(grid[-1][0], "What lossy arms lose", "% of perplexity and its interval, against tokens per second")
+            draw_quality(grid[-1][0], lossy, colours)
+            draw_substitution(grid[-1][1], lossy, colours)
+            _name(grid[-1][1], "Stand-ins", "% of a token's gate mass, by layer")
+            free.append(grid[-1][2])
+        for unused in free:
             unused.set_axis_off()
         handles, names = axes[0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside lower center", ncols=min(4, len(names)), frameon=False)
@@ -80,6 +90,31 @@ def draw(comparison: Comparison, summary: Summary, path: Path) -> None:
         )
         figure.savefig(path, dpi=160)
         pyplot.close(figure)
+
+
+def draw_quality(axes: Axes, arms: Sequence[ArmSummary], colours: dict[str, str]) -> None:
+    """Draw what lossy arms lose against their speed, with the interval over texts."""
+    for arm in arms:
+        assert arm.quality is not None
+        low, middle, high = (100 * getattr(arm.quality.increase, name) for name in ("low", "middle", "high"))
+        error = [[middle - low], [high - middle]] if math.isfinite(high - low) else None
+        axes.errorbar(
+            arm.tokens_per_second or 0.0, middle, error, fmt="o", color=colours[arm.label], capsize=3, label=arm.label
+        )
+        axes.annotate(
+            arm.limit, (arm.tokens_per_second or 0.0, middle), xytext=(6, 4), textcoords="offset points", fontsize=8
+        )
+    axes.axhline(0, color=_FAINT, linewidth=0.8)
+    lowest = [100 * arm.quality.increase.low for arm in arms if arm.quality is not None]
+    axes.set_ylim(bottom=1.2 * min([0.0, *filter(math.isfinite, lowest)]))
+
+
+def draw_substitution(axes: Axes, arms: Sequence[ArmSummary], colours: dict[str, str]) -> None:
+    """Draw the share of gate mass that stand-ins took, by layer."""
+    for place, arm in enumerate(arms):
+        share = [100 * value for value in arm.substituted]
+        axes.plot(range(len(share)), share, _LINES[place % len(_LINES)], color=colours[arm.label], markersize=4)
+    axes.set_xlabel("layer")
 
 
 def _draw_load(bars: _Bars, axes: Axes, count: int) -> None:

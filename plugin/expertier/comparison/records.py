@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from expertier.errors import ExpertierError
 from expertier.planning.calibrate import DiskSpeed
+from expertier.quality.statistics import Interval
 
 SCHEMA = "expertier-comparison/1"
 
@@ -129,6 +130,10 @@ class OffloadFigures:
         Shares of needed experts that were resident or on their way, and resident.
     misses_per_token, stall_ms_per_token, read_bytes_per_token : float
         Loads begun on demand, time compute waited, and bytes read by Expertier.
+    bias, calibrated_bias : float or None
+        Of virtual experts: in force at the end, and what a quality budget allows here.
+    substituted : tuple of float
+        Share of a token's gate mass that stand-ins took while decoding, by layer; empty in exact runs.
     """
 
     mode: str
@@ -140,6 +145,38 @@ class OffloadFigures:
     misses_per_token: float
     stall_ms_per_token: float
     read_bytes_per_token: float
+    bias: float | None = None
+    calibrated_bias: float | None = None
+    substituted: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class QualityFigures:
+    """What a lossy run lost against an exact one on the same tokens.
+
+    Attributes
+    ----------
+    tokens : int
+        Predicted tokens.
+    cross_entropy, exact_cross_entropy : float
+        Nats per token.
+    increase : Interval
+        Relative increase of the perplexity; its interval is over texts.
+    kl : float
+        KL divergence from the exact distributions, nats per token.
+    agreement : float
+        Share of positions with the same likeliest token.
+    exact_misses_per_token : float or None
+        Loads of the exact run, if that was Expertier's.
+    """
+
+    tokens: int
+    cross_entropy: float
+    exact_cross_entropy: float
+    increase: Interval
+    kl: float
+    agreement: float
+    exact_misses_per_token: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,6 +245,8 @@ class Figures:
         Expertier's own counters.
     loads : tuple of Load
         Several requests at a time.
+    quality : QualityFigures or None
+        Of a lossy arm.
     """
 
     load_seconds: float
@@ -223,6 +262,7 @@ class Figures:
     kernels: str
     offload: OffloadFigures | None = None
     loads: tuple[Load, ...] = ()
+    quality: QualityFigures | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -274,6 +314,8 @@ class ArmRecord:
         Short name, the same under all limits, and the name people read.
     ours : bool
         Whether it is Expertier rather than the stock engine.
+    lossy : bool
+        Whether it may compute something else than stock.
     limit_bytes : int or None
         The memory limit.
     limit : str
@@ -297,6 +339,7 @@ class ArmRecord:
     limit: str
     settings: dict[str, Any]
     readahead_kb: int | None = None
+    lossy: bool = False
     status: ArmStatus = "ok"
     reason: str = ""
     runs: tuple[Run, ...] = ()

@@ -13,13 +13,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from expertier.comparison.limits import Confinement, Usage
 from expertier.comparison.page_cache import Readahead, drop_caches
+from expertier.comparison.quality import LogitsFolder
 from expertier.comparison.records import ArmRecord, Figures, Run, RunStatus, from_plain
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class Workload:
     job: Mapping[str, Any]
     wait_policy: str
     timeout: float
+    logits: LogitsFolder = field(default_factory=lambda: LogitsFolder(None))
 
 
 class Runner:
@@ -137,10 +139,10 @@ class Runner:
         cached = drop_caches(self._workload.files)
         with self._readahead.at(arm.readahead_kb):
             started = time.perf_counter()
-            code, output, errors, usage = self._process(arm, {})
+            code, output, errors, usage = self._process(arm, self._workload.logits.job(arm, repeat))
             wall = time.perf_counter() - started
         status, reason, figures = _verdict(arm, code, output, errors, usage, self._workload.timeout)
-        return Run(
+        run = Run(
             repeat=repeat,
             status=status,
             reason=reason,
@@ -150,6 +152,8 @@ class Runner:
             cached_before_bytes=cached,
             figures=figures,
         )
+        self._workload.logits.done(arm, run)
+        return run
 
     def _process(self, arm: ArmRecord, extra: Mapping[str, Any]) -> tuple[int | None, str, str, Usage]:
         """Exit code (``None``: it took too long), stdout, stderr, memory."""

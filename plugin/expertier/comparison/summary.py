@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from statistics import median
+from statistics import mean, median
 from typing import Literal
 
 from expertier.comparison.loads import LoadSummary, summarise_loads
 from expertier.comparison.ratios import Ratio, median_of_known, ratio
-from expertier.comparison.records import ArmRecord, ArmStatus, Comparison, Figures
+from expertier.comparison.records import ArmRecord, ArmStatus, Comparison, Figures, QualityFigures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +47,16 @@ class ArmSummary:
         ``storage`` or ``compute``; empty without a bound.
     loads : tuple of LoadSummary
         Several requests at a time.
+    lossy : bool
+        As of the arm.
+    quality : QualityFigures or None
+        What a lossy arm lost: of the repeat with the median perplexity.
+    misses_per_token : float or None
+        Expertier's loads on demand.
+    bias, calibrated_bias : float or None
+        Of virtual experts at the end of the last repeat.
+    substituted : tuple of float
+        Share of gate mass that stand-ins took, by layer, mean over repeats.
     """
 
     key: str
@@ -77,6 +87,12 @@ class ArmSummary:
     over_bound: float | None = None
     bound_by: str = ""
     loads: tuple[LoadSummary, ...] = ()
+    lossy: bool = False
+    quality: QualityFigures | None = None
+    misses_per_token: float | None = None
+    bias: float | None = None
+    calibrated_bias: float | None = None
+    substituted: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +113,8 @@ class Identity:
         likeliest token; ``None`` if all kernels are the same.
     evidence : str
         What was compared.
+    lossy_arms : int
+        Arms that are not part of this because they need not compute the same.
     """
 
     same_tokens: bool | None
@@ -104,6 +122,7 @@ class Identity:
     logits_runs: int
     agreement: float | None
     evidence: Literal["logits", "tokens"] = "logits"
+    lossy_arms: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,6 +220,7 @@ def _summarise_arm(
         status=arm.status,
         reason=arm.reason,
         runs=len(figures),
+        lossy=arm.lossy,
         peak_memory_bytes=max((run.peak_memory_bytes for run in arm.runs if run.peak_memory_bytes), default=None),
     )
     if not figures:
@@ -233,8 +253,18 @@ def _summarise_arm(
             "bound_tokens_per_second": 1 / bound if bound else None,
             "over_bound": 1 / median(speeds) / bound if bound else None,
             "bound_by": bound_by,
+            "quality": _median_quality(figures),
+            "misses_per_token": median_of_known(item.misses_per_token for item in offload),
+            "bias": offload[-1].bias if offload else None,
+            "calibrated_bias": offload[-1].calibrated_bias if offload else None,
+            "substituted": tuple(map(mean, zip(*(item.substituted for item in offload), strict=True))),
         }
     )
+
+
+def _median_quality(figures: Iterable[Figures]) -> QualityFigures | None:
+    found = sorted((item.quality for item in figures if item.quality is not None), key=lambda item: item.cross_entropy)
+    return found[len(found) // 2] if found else None
 
 
 def _bound(read: float, disk: float | None, compute: float | None) -> tuple[float | None, str]:
@@ -247,11 +277,11 @@ def _bound(read: float, disk: float | None, compute: float | None) -> tuple[floa
 def _identity(arms: Sequence[ArmRecord]) -> Identity:
     all_figures = [(arm, figures) for arm in arms for figures in _figures(arm).values()]
     tokens = {figures.tokens_digest for _, figures in all_figures}
-    ours = [figures for arm, figures in all_figures if arm.ours]
+    ours = [figures for arm, figures in all_figures if arm.ours and not arm.lossy]
     stock = [figures for arm, figures in all_figures if not arm.ours]
     comparable = [item for item in ours if any(other.kernels == item.kernels for other in stock)]
     kinds = {item.kernels for item in comparable}
-    involved = [figures for _, figures in all_figures if figures.kernels in kinds]
+    involved = [figures for arm, figures in all_figures if figures.kernels in kinds and not arm.lossy]
     digests = {(item.kernels, item.logits_digest) for item in involved}
     shares = [
         sum(one == other for one, other in zip(own.choices, theirs.choices, strict=True)) / len(own.choices)
@@ -264,4 +294,5 @@ def _identity(arms: Sequence[ArmRecord]) -> Identity:
         same_logits=len(digests) == len(kinds) if comparable else None,
         logits_runs=len(involved),
         agreement=min(shares, default=None),
+        lossy_arms=sum(arm.lossy and bool(_figures(arm)) for arm in arms),
     )

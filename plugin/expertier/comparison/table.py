@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 from rich.console import Console
@@ -36,6 +37,8 @@ def print_report(console: Console, comparison: Comparison, summary: Summary) -> 
         console.print(_table(limit, arms))
         if any(arm.loads for arm in arms):
             console.print(_loads_table(arms))
+        if any(arm.quality is not None for arm in arms):
+            console.print(_quality_table(arms))
     for line in _closing_lines(comparison, summary):
         console.print(line)
 
@@ -57,6 +60,8 @@ def _table(limit: str, arms: list[ArmSummary]) -> Table:
 
 def _row(arm: ArmSummary) -> Iterable[str]:
     name = f"[bold cyan]{escape(arm.label)}[/]" if arm.ours else escape(arm.label)
+    if arm.lossy:
+        name += " [yellow]lossy[/]"
     if not arm.runs:
         style = _STATUS_STYLE.get(arm.status, "red")
         return [name, f"[{style}]{arm.status}[/]", *[_DASH] * 2, _bytes(arm.peak_memory_bytes), *[_DASH] * 4]
@@ -103,6 +108,39 @@ def _loads_table(arms: list[ArmSummary]) -> Table:
                 _DASH if load.stall_ms_per_token is None else f"{load.stall_ms_per_token:.1f} ms",
             )
     return table
+
+
+def _quality_table(arms: list[ArmSummary]) -> Table:
+    table = Table(title="what lossy arms lost", title_justify="left", header_style="dim", expand=False)
+    table.add_column("arm", no_wrap=True)
+    names = ("tok/s", "perplexity", "90 % interval", "KL", "same token", "loads/token", "fewer loads", "bias")
+    for name in (*names, "gate mass"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for arm in arms:
+        quality = arm.quality
+        if quality is None or arm.tokens_per_second is None:
+            continue
+        exact, own = quality.exact_misses_per_token, arm.misses_per_token
+        table.add_row(
+            f"[bold cyan]{escape(arm.label)}[/]",
+            f"{arm.tokens_per_second:.1f}",
+            f"{math.exp(quality.cross_entropy):.3f} ({100 * quality.increase.middle:+.2f} %)",
+            f"{100 * quality.increase.low:+.1f} .. {100 * quality.increase.high:+.1f} %",
+            f"{quality.kl:.4f}",
+            _percent(quality.agreement),
+            _DASH if own is None else f"{own:.2f}",
+            f"{exact / own:.1f}x" if exact and own else _DASH,
+            _bias(arm),
+            _percent(sum(arm.substituted) / len(arm.substituted)) if arm.substituted else _DASH,
+        )
+    return table
+
+
+def _bias(arm: ArmSummary) -> str:
+    if arm.bias is None:
+        return _DASH
+    backed_off = arm.calibrated_bias is not None and arm.bias < arm.calibrated_bias
+    return f"{arm.bias:.3g}" + (f" [dim](of {arm.calibrated_bias:.3g})[/]" if backed_off else "")
 
 
 def _ratio(ratio: Ratio | None) -> str:
@@ -158,4 +196,7 @@ def identity_line(identity: Identity) -> str:
         parts.append(f"likeliest token equal to stock with other kernels at {100 * identity.agreement:.1f} % or more")
     if identity.same_tokens is False:
         parts.append("[red]the arms were fed different tokens[/]")
+    if identity.lossy_arms:
+        arms = "lossy arm is" if identity.lossy_arms == 1 else "lossy arms are"
+        parts.append(f"{identity.lossy_arms} {arms} no part of this")
     return "; ".join(parts) + "." if parts else "[dim]There were no two runs whose outputs can be compared.[/]"

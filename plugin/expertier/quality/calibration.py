@@ -174,8 +174,9 @@ def next_bias(curve: Sequence[Point], targets: Sequence[float] = TARGETS) -> flo
     best, drop = None, _FLAT * known[0].loads_per_token
     for below, above in itertools.pairwise(known):
         crossed = any(below.increase.high <= target < above.increase.high for target in targets)
-        if crossed and below.loads_per_token - above.loads_per_token > drop and above.bias > 2 * _LEAST:
-            drop = below.loads_per_token - above.loads_per_token
+        saved = below.loads_per_token - above.loads_per_token
+        if crossed and saved > drop and above.bias > max(2 * _LEAST, 1.1 * below.bias):
+            drop = saved
             best = (below.bias, above.bias)
     if best is None:
         return None

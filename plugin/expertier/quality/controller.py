@@ -9,7 +9,6 @@ the profile covers.
 from __future__ import annotations
 
 import logging
-import math
 import threading
 from dataclasses import dataclass
 from typing import Protocol
@@ -56,12 +55,11 @@ class QualityStats:
 
     Attributes
     ----------
-    allowed_kl : float
-        Nats per token that may be lost.
-    estimated_kl : float
-        What the proxy says is lost now, over the last hundred or so tokens.
-    spent_kl : float
-        What it says was lost per token since the start.
+    allowed, estimated, spent : float
+        Relative increase of the perplexity: what is allowed, what the proxy says it costs now (the last hundred or so
+        tokens), and what it says it has cost since the start.
+    allowed_kl, estimated_kl, spent_kl : float
+        The same as KL divergence per token.
     bias, calibrated_bias : float
         In force, and the largest one that the profile covers.
     back_offs : int
@@ -70,6 +68,9 @@ class QualityStats:
         Tokens watched.
     """
 
+    allowed: float
+    estimated: float
+    spent: float
     allowed_kl: float
     estimated_kl: float
     spent_kl: float
@@ -87,8 +88,7 @@ class QualityController:
     proxy : Proxy
         From gate mass to divergence.
     increase : float
-        Relative increase of the perplexity that is allowed. Where the exact model says what text is like, the
-        cross-entropy rises by the divergence, so ``log(1 + increase)`` nats per token are allowed.
+        Relative increase of the perplexity that is allowed: as much divergence as is expected to cost that.
     bias : float
         What the profile covers at this memory budget.
 
@@ -100,7 +100,8 @@ class QualityController:
 
     def __init__(self, proxy: Proxy, *, increase: float, bias: float) -> None:
         self._proxy = proxy
-        self._allowed = math.log1p(increase)
+        self._increase = increase
+        self._allowed = proxy.allowed_kl(increase)
         self._calibrated = bias
         self._lock = threading.Lock()
         self._seen = self._exact_since = 0
@@ -141,10 +142,14 @@ class QualityController:
     def stats(self, virtual: Steered) -> QualityStats:
         """Return a snapshot."""
         with self._lock:
+            spent = self._spent / self._tokens if self._tokens else 0.0
             return QualityStats(
+                allowed=self._increase,
+                estimated=self._proxy.increase(self._estimate),
+                spent=self._proxy.increase(spent),
                 allowed_kl=self._allowed,
                 estimated_kl=self._estimate,
-                spent_kl=self._spent / self._tokens if self._tokens else 0.0,
+                spent_kl=spent,
                 bias=virtual.bias,
                 calibrated_bias=self._calibrated,
                 back_offs=self._back_offs,
@@ -180,7 +185,7 @@ class QualityController:
             logger.warning(
                 "Quality budget: stand-ins cost about %.1f %% perplexity on this text, %.1f %% are allowed; the bias "
                 "backs off from %.3g.",
-                100 * math.expm1(self._allowed * (1 + excess)),
-                100 * math.expm1(self._allowed),
+                100 * self._proxy.increase(self._allowed * (1 + excess)),
+                100 * self._increase,
                 self._calibrated,
             )

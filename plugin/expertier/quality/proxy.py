@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -24,6 +25,10 @@ class Proxy:
         What a unit of gate mass counts in each layer; 1 on average.
     scale, power : float
         ``kl = scale * (sum of weights * mass) ** power``, both per token and averaged over some tokens.
+    linear, square : float
+        What a divergence costs: the cross-entropy rises by ``linear * kl + square * kl**2``. Were the exact model the
+        truth about text, it would rise by just the divergence; a small disturbance of a model that errs itself costs
+        less.
     spread : float
         Of a text's divergence about what the proxy says: standard deviation of its logarithm.
     rows : int
@@ -33,6 +38,8 @@ class Proxy:
     weights: tuple[float, ...]
     scale: float
     power: float
+    linear: float = 1.0
+    square: float = 0.0
     spread: float
     rows: int
 
@@ -45,6 +52,17 @@ class Proxy:
             Gate mass per token that stand-ins took, averaged over some tokens.
         """
         return float(self.scale * max(0.0, float(np.dot(self.weights, mass))) ** self.power)
+
+    def increase(self, kl: float) -> float:
+        """Relative increase of the perplexity that a divergence is expected to cost."""
+        return math.expm1(min(self.linear * kl + self.square * kl * kl, 50.0))
+
+    def allowed_kl(self, increase: float) -> float:
+        """Divergence at which the perplexity is expected to rise by so much."""
+        nats = math.log1p(increase)
+        if not self.square:
+            return nats / self.linear
+        return (math.sqrt(self.linear**2 + 4 * self.square * nats) - self.linear) / (2 * self.square)
 
 
 def fit(evaluations: Iterable[Evaluation]) -> Proxy:
@@ -75,7 +93,37 @@ def fit(evaluations: Iterable[Evaluation]) -> Proxy:
     predicted = (mass @ weights) ** power
     scale = float((kl * tokens).sum() / (predicted * tokens).sum())
     spread = float(np.std(np.log(kl) - np.log(scale * np.maximum(predicted, np.finfo(float).tiny))))
-    return Proxy(weights=tuple(weights.tolist()), scale=scale, power=power, spread=spread, rows=len(texts))
+    gained = np.array([text.nll - text.exact_nll for text in texts]) / tokens
+    linear, square = _cost(kl, gained, tokens)
+    return Proxy(
+        weights=tuple(weights.tolist()),
+        scale=scale,
+        power=power,
+        linear=linear,
+        square=square,
+        spread=spread,
+        rows=len(texts),
+    )
+
+
+def _cost(kl: NDArray[np.float64], gained: NDArray[np.float64], tokens: NDArray[np.float64]) -> tuple[float, float]:
+    """Fit ``gained = linear * kl + square * kl**2``, neither below nothing.
+
+    The log-ratio of two distributions that differ little has a variance of twice their divergence, so that is what a
+    text's gain is uncertain by, and its weight follows.
+    """
+    weights = tokens / kl
+    powers = np.stack([kl, kl * kl])
+    left, right = (powers * weights) @ powers.T, (powers * weights) @ gained
+    alone = np.maximum(right / np.diag(left), 0.0)
+    if np.linalg.cond(left) < 1e8:
+        both = np.linalg.solve(left, right)
+        if (both >= 0).all():
+            return float(both[0]), float(both[1])
+    errors = [float(alone[i] ** 2 * left[i, i] - 2 * alone[i] * right[i]) for i in range(2)]
+    if not alone.any():
+        return 1.0, 0.0  # too little text to see any cost: the divergence is the careful assumption
+    return (float(alone[0]), 0.0) if errors[0] <= errors[1] else (0.0, float(alone[1]))
 
 
 def _layer_weights(mass: NDArray[np.float64], target: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -85,7 +85,8 @@ class QualityKeeper:
             return f"exact: {self._uncovered}"
         found = self.stats(virtual)
         backed_off = f", backed off from {found.calibrated_bias:.3g}" if found.bias < found.calibrated_bias else ""
-        return f"{virtual.words()}{backed_off}, at most {self.budget} perplexity"
+        spent = f", {100 * found.spent:.2g}% estimated" if found.tokens else ""
+        return f"{virtual.words()}{backed_off}, at most {self.budget} perplexity{spent}"
 
     def _cover(self, virtual: VirtualExperts, memory: int) -> None:
         self._at = memory
