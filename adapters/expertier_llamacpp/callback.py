@@ -39,6 +39,7 @@ from expertier_llamacpp.spans import spans_of
 if TYPE_CHECKING:
     from expertier.routing import AheadLoader
     from expertier.virtual import VirtualExperts
+    from expertier.virtual.swapping import Swapper
     from expertier_llamacpp.recording import RouteRecording
 
 _TOPK = b"ffn_moe_topk-"
@@ -62,6 +63,8 @@ class EvalHook:
         Told of all routes.
     virtual : VirtualExperts, optional
         Chooses stand-ins for absent experts.
+    swapper : Swapper, optional
+        Brings in absent experts between steps.
 
     Attributes
     ----------
@@ -85,10 +88,12 @@ class EvalHook:
         ahead: AheadLoader | None = None,
         recording: RouteRecording | None = None,
         virtual: VirtualExperts | None = None,
+        swapper: Swapper | None = None,
     ) -> None:
         self._manager = manager
         self._recording = recording
         self._virtual = virtual
+        self._swapper = swapper
         self._router = RouterScores() if virtual is not None else None
         self._experts = dict(experts)
         self._managed: dict[int, tuple[int, int]] = {}
@@ -144,7 +149,8 @@ class EvalHook:
                 self._virtual.begin_step(rows.count, "decode")
         if self._ahead is not None and self._ahead.follows_tokens:
             decode = bool(rows.count) and rows.phase(0, rows.count) == "decode"
-            self._ahead.begin(spans_of(batch), decode=decode and not self._quiet)
+            stand_ins = self._virtual is not None and self._virtual.allowed("decode")
+            self._ahead.begin(spans_of(batch), decode=decode and not self._quiet and not stand_ins)
         self.compute_node = 0
         self._previous_layer = self._owed_layer = -1
         self._stopped_at = 0
@@ -179,6 +185,8 @@ class EvalHook:
         self._manager.end_step()
         if self._virtual is not None:
             self._virtual.end_step()
+            if self._swapper is not None and self._virtual.substituting:
+                self._swapper.after_step()
         if self._recording is not None:
             self._recording.end_step(failed=self.error is not None)
 

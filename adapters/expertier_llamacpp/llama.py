@@ -5,11 +5,12 @@ from __future__ import annotations
 import atexit
 import ctypes
 import logging
+import math
 import os
 import sys
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,9 +30,11 @@ from expertier.residency.windows import WindowPool
 from expertier.routing import AheadLoader, GainGate, Lookahead, ProfileKeeper, TraceRecorder
 from expertier.routing.opening import gate_mode, open_predictor
 from expertier.virtual import VirtualExperts, VirtualSettings
+from expertier.virtual.swapping import Swapper
 from expertier_llamacpp import ggml
 from expertier_llamacpp.buffer import ExpertBuffers
 from expertier_llamacpp.callback import EvalHook
+from expertier_llamacpp.exact import ExactRequests
 from expertier_llamacpp.governor import BudgetGovernor, StepMemory
 from expertier_llamacpp.loading import ModelLoader, open_files
 from expertier_llamacpp.recording import RouteRecording, trace_header
@@ -55,7 +58,7 @@ class _Use:
     process: int = field(default_factory=os.getpid)
 
 
-class Llama(llama_cpp.Llama):
+class Llama(ExactRequests, llama_cpp.Llama):
     """``llama_cpp.Llama`` with its experts on storage and the most useful of them in memory.
 
     Takes every argument of ``llama_cpp.Llama`` and the options of :class:`expertier.config.OffloadOptions`, each with
@@ -124,6 +127,8 @@ class Llama(llama_cpp.Llama):
         self.virtual = None
         if settings is not None:
             refuse_unknown(self.catalog.architecture)
+            if settings.bias == math.inf:
+                _refuse_groups(layouts[0].metadata, self.catalog.architecture)
             self.virtual = VirtualExperts([layer.layer for layer in self.catalog.layers], settings)
         try:
             self._construct(model_path, kwargs, options, layouts, sequences)
@@ -143,7 +148,9 @@ class Llama(llama_cpp.Llama):
         files = open_files((*catalog.files, *kernels.files), options.io_mode)
         self._closing.extend(file.close for file in files.values())
         pool = WindowPool(kernels.layers, files, kernels.check_for)
-        smallest = max(layer.top_k * pool.slot_bytes(layer.layer) for layer in catalog.layers)
+        hard = self.virtual is not None and self.virtual.hard
+        token = [layer.top_k * pool.slot_bytes(layer.layer) for layer in catalog.layers]
+        smallest = sum(token) if hard else max(token)
         largest = sum(layer.experts * pool.slot_bytes(layer.layer) for layer in catalog.layers)
         asked = parse_budget(options.budget, largest)
         try:
@@ -153,7 +160,11 @@ class Llama(llama_cpp.Llama):
                 pool=pool,
                 budget=smallest if asked is None else min(asked, largest),
                 config=ManagerConfig(
-                    policy=options.policy, half_life=options.half_life, io_threads=options.io_threads, fill=True
+                    policy=options.policy,
+                    half_life=options.half_life,
+                    io_threads=options.io_threads,
+                    fill=True,
+                    every_layer=hard,
                 ),
             )
         except BaseException:
@@ -194,6 +205,7 @@ class Llama(llama_cpp.Llama):
                 ahead=ahead,
                 recording=recording,
                 virtual=self.virtual,
+                swapper=Swapper(manager) if hard else None,
             )
             return self._hook.callback
 
@@ -355,6 +367,15 @@ def _refuse_options(kwargs: dict[str, Any], sequences: int) -> None:
         )
     if kwargs.get("vocab_only"):
         raise UnsupportedOptionError("vocab_only loads no experts.", "Use llama_cpp.Llama for it.")
+
+
+def _refuse_groups(metadata: Mapping[str, Any], architecture: str) -> None:
+    if int(metadata.get(f"{architecture}.expert_group_count", 0)) > 1:
+        raise UnsupportedOptionError(
+            "virtual_hard is not possible with routers that choose groups of experts first: in the chosen groups too "
+            "few experts may be resident.",
+            "Use virtual_bias.",
+        )
 
 
 def _make_lookahead(catalog: Catalog, layouts: Any) -> Lookahead | None:

@@ -42,6 +42,7 @@ from expertier.errors import ExpertierError, UnsupportedOptionError
 from expertier.scheduling import BATCHERS
 from expertier_llamacpp.batch import BatchEngine
 from expertier_llamacpp.batch.routes import batch_router
+from expertier_llamacpp.exact import ExactnessMiddleware
 from expertier_llamacpp.llama import Llama
 
 if TYPE_CHECKING:
@@ -155,6 +156,7 @@ def create_app(server: ServerSettings, models: Sequence[ModelSettings]) -> FastA
         app.include_router(batch_router(engine))
         ours = app.router.routes[len(stock_routes) :]
         app.router.routes[:] = [*ours, *stock_routes]  # the first that matches answers
+    app.add_middleware(ExactnessMiddleware)
     app.add_api_route(
         "/expertier/stats", _stats, dependencies=[Depends(stock_app.authenticate)], tags=["Expertier"], methods=["GET"]
     )

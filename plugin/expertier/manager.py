@@ -18,6 +18,7 @@ from expertier.budget import format_bytes
 from expertier.errors import BudgetError, ExpertLoadError, ManagerClosedError
 from expertier.residency import make_policy
 from expertier.residency.base import ExpertSpace, ForecastListener, IntArray
+from expertier.residency.floor import spare_every_layer
 from expertier.residency.pool import ExpertPool
 from expertier.residency.uses import UseCounts
 from expertier.storage import DEMAND, PREFETCH, IoScheduler, ReadRequest
@@ -56,6 +57,9 @@ class ManagerConfig:
         Whether free room is filled with the likeliest absent experts, in the background and without evicting
         anything: from the start when all experts fit, otherwise while tokens are decoded, because a prompt that
         streams through the layers would drive them out again.
+    every_layer : bool
+        Whether every layer always keeps at least one token's experts, and as many more as leave room for a whole
+        layer: who computes with resident experts only needs some everywhere.
     """
 
     policy: str = "lfu"
@@ -64,6 +68,7 @@ class ManagerConfig:
     chunk_bytes: int = 2 << 20
     quotas: Mapping[int, int] | None = None
     fill: bool = False
+    every_layer: bool = False
 
 
 class Lease:
@@ -191,7 +196,7 @@ class OffloadManager:
         stages = max(pool.stages(layer) for layer in self._layers)
         self._pending = np.zeros((total, stages), np.int16)
         self._ahead = np.zeros(total, bool)  # loaded by a prefetch and not used yet
-        self._filling = np.zeros(total, bool)  # loading into free room, for nobody in particular
+        self._filling = np.zeros(total, bool)  # loading in the background, for nobody in particular
         self._requests: dict[int, list[ReadRequest]] = {}
         self._queued_at: dict[int, float] = {}
         self._errors: dict[int, BaseException] = {}
@@ -216,8 +221,14 @@ class OffloadManager:
     def warm_up(self) -> None:
         """Begin to fill the pool where the configuration asks for it; returns at once.
 
-        What to fill it with must be known: everything fits, or :meth:`warm` told what is used often.
+        What to fill it with must be known: everything fits, or :meth:`warm` told what is used often. Where every layer
+        keeps some experts, it waits for the first of them, which count as a prompt's.
         """
+        if self.config.every_layer:
+            self._phase = self._stats.prefill
+            for layer in self._layers:
+                chances = self._policy.use_probability(self._base[layer] + np.arange(self._experts[layer]))
+                self.acquire(layer, np.argsort(-chances, kind="stable")[: self._top_k[layer]]).release()
         with self._lock:
             if self._warm or self._budget >= self._stats.total_bytes:
                 self._fill()
@@ -500,6 +511,9 @@ class OffloadManager:
                 usable &= self._layer_index == position
         candidates = np.flatnonzero(usable)
         scores = self._policy.keep_scores(candidates, position)
+        if self.config.every_layer:
+            spared = spare_every_layer(self._layer_index, self._state == _RESIDENT, self._floor(), candidates, scores)
+            candidates, scores = candidates[spared], scores[spared]
         if self._sweeping:
             # A step of many tokens touches most experts of every layer: those of layers still to come would be read
             # again within this very step, so layers already finished give first.
@@ -795,6 +809,48 @@ class OffloadManager:
         finally:
             self._io.submit([request for group in _transpose(reads) for request in group])
 
+    @property
+    def swapping(self) -> bool:
+        """Whether a load in the background is under way."""
+        with self._lock:
+            return bool(self._filling.any())
+
+    def swap(self, most: int, *, margin: float = 1.0) -> int:
+        """Bring in the likeliest absent experts in place of resident ones less likely to be used, in the background.
+
+        Parameters
+        ----------
+        most : int
+            Most loads begun; none while earlier ones are under way.
+        margin : float
+            How many times likelier than its victim an expert must be.
+
+        Returns
+        -------
+        int
+            Loads begun.
+        """
+        with self._lock:
+            self._check_open()
+            absent = np.flatnonzero(self._state == _ABSENT)
+            if self._tight or self._filling.any() or not absent.size:
+                return 0
+            chance = self._policy.use_probability(absent)
+            best = np.argsort(-chance, kind="stable")[:most]
+            begun = 0
+            for expert, worth in zip(absent[best].tolist(), chance[best].tolist(), strict=True):
+                layer = self._layers[self._layer_index[expert]]
+                try:
+                    self._load_what_fits(layer, np.array([expert]), PREFETCH, np.array([worth / margin]))
+                except ExpertLoadError as error:  # whoever really needs the expert will raise it
+                    logger.warning("Swapping in an expert of layer %d ended early: %s", layer, error)
+                if self._state[expert] not in (_LOADING, _RESIDENT):
+                    break  # those after it are less likely
+                self._filling[expert] = self._state[expert] == _LOADING
+                begun += 1
+            self._stats.swaps += begun
+            return begun
+
     # ---- budget, life cycle, numbers
 
     @property
@@ -802,7 +858,18 @@ class OffloadManager:
         """The budget in bytes."""
         return self._budget
 
+    def _floor(self) -> int:
+        """Experts that each layer keeps."""
+        room = self._budget - max(self._experts[layer] * self._slot_bytes[layer] for layer in self._layers)
+        return max(max(self._top_k.values()), room // sum(self._slot_bytes.values()))
+
     def _check_budget(self, budget: int) -> None:
+        if self.config.every_layer and budget < sum(self._smallest.values()):
+            raise BudgetError(
+                f"A budget of {format_bytes(budget)} cannot hold the experts one token needs in every layer at once "
+                f"({format_bytes(sum(self._smallest.values()))}), so steps would have to wait.",
+                f"Give at least {sum(self._smallest.values())} bytes, or a finite virtual_bias.",
+            )
         layer = max(self._layers, key=lambda index: self._smallest[index])
         if budget < self._smallest[layer]:
             raise BudgetError(

@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from expertier.errors import UnsupportedModelError, UnsupportedOptionError
+from expertier.errors import BudgetError, UnsupportedModelError, UnsupportedOptionError
 from expertier_llamacpp import Llama, ggml, router
 from expertier_llamacpp.callback import EvalHook
+from expertier_llamacpp.exact import wants_exactness
 from expertier_llamacpp.router import ARCHITECTURES as VERIFIED
 from expertier_llamacpp.router import RouterScores, refuse_unknown
-from llamacpp.engines import PROMPT, closing, expertier, last_logits, sizes, stock_trace, trace
+from llamacpp.engines import PROMPT, TEXT, closing, expertier, last_logits, sizes, stock_trace, stock_twin, trace
 from support.tiny_gguf import ARCHITECTURES, TinySpec
 
 pytestmark = pytest.mark.engine
@@ -209,3 +210,114 @@ def test_options_that_contradict_each_other_are_refused(
 ) -> None:
     with pytest.raises(UnsupportedOptionError, match=message):
         expertier(tiny_model(spec()), "100%", **options)
+
+
+# ---- one request
+
+
+LOSSY: dict[str, Any] = {"expert_virtual_bias": 0.5}
+ASKED: dict[str, Any] = {"max_tokens": 12, "temperature": 0.0, "seed": 1}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_that_asks_for_exactness_gets_the_stock_engine_s_answer_among_others(
+    tiny_model: TinyModel, stream: bool
+) -> None:
+    path = tiny_model(spec())
+
+    def text(answer: Any) -> str:
+        return "".join(piece["choices"][0]["text"] for piece in (answer if stream else [answer]))
+
+    with closing(stock_twin(path)) as stock:
+        expected = text(stock(TEXT, stream=stream, **ASKED))
+    with closing(expertier(path, tight(path), **LOSSY)) as llm:
+        lossy = text(llm(TEXT, stream=stream, **ASKED))
+        assert lossy != expected  # and its tokens stay in the context, where the next prompt finds them
+        exact_tokens = llm.virtual.exact_tokens
+        again = TEXT + lossy
+        exact = text(llm.create_completion(TEXT, stream=stream, expert_exact=True, **ASKED))
+        assert exact == expected
+        assert llm.virtual.exact_tokens > exact_tokens + 8
+        with closing(stock_twin(path)) as stock:
+            continued = text(stock(again, stream=stream, **ASKED))
+        llm(TEXT, stream=stream, **ASKED)
+        assert text(llm(again, stream=stream, expert_exact=True, **ASKED)) == continued
+
+
+def test_streams_of_exact_and_other_requests_do_not_mix(tiny_model: TinyModel) -> None:
+    path = tiny_model(spec())
+    with closing(expertier(path, tight(path), **LOSSY)) as llm:
+        stream = llm(TEXT, stream=True, expert_exact=True, **ASKED)
+        next(stream)
+        assert llm.virtual.allowed("decode")
+        list(stream)
+        assert llm.virtual.allowed("decode")
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        (b'{"expertier": {"exact": true}}', True),
+        (b'{"prompt": "x", "expertier": {"exact": false}}', False),
+        (b'{"expertier": {}}', False),
+        (b'{"expertier": null}', False),
+        (b'{"prompt": "expertier"}', False),
+        (b'{"prompt": "\\"expertier\\""}', False),
+        (b"not json", False),
+    ],
+)
+def test_what_a_body_asks_for(body: bytes, expected: bool) -> None:
+    assert wants_exactness(body) is expected
+
+
+@pytest.mark.parametrize("own", [b"true", b'{"exact": "yes"}', b'{"exakt": true}'])
+def test_a_misspelt_wish_for_exactness_is_not_answered_lossily(own: bytes) -> None:
+    with pytest.raises(ValueError, match=r'it can be {"exact": true}'):
+        wants_exactness(b'{"expertier": ' + own + b"}")
+
+
+# ---- hard mode
+
+
+def test_in_hard_mode_no_decode_step_waits_and_the_resident_set_follows_the_wishes(tiny_model: TinyModel) -> None:
+    path = tiny_model(spec())
+    with closing(expertier(path, tight(path) + sizes(path).token * 3, expert_virtual_hard="on")) as llm:
+        assert "lossy: resident experts only" in llm.mode_line()
+        watch = Watch(llm)
+        llm.eval(PROMPT)
+        for token in PROMPT:
+            llm.eval([token])
+        stats = llm.offload.stats()
+        assert stats.decode.misses == stats.decode.late == 0
+        assert stats.decode.stall_seconds == 0
+        assert stats.decode.tokens == len(PROMPT)
+        assert stats.swaps > 0
+        assert stats.peak_resident_bytes <= stats.budget_bytes
+        assert llm.virtual.substituted.sum() > 0
+        assert all(resident[chosen].all() for *_, resident, chosen in watch.seen)
+
+
+def test_hard_mode_computes_exact_prompts(tiny_model: TinyModel) -> None:
+    path = tiny_model(spec())
+    with closing(expertier(path, tight(path) + sizes(path).token * 3, expert_virtual_hard="on")) as llm:
+        for _ in range(2):
+            llm.reset()
+            llm.eval(PROMPT)
+            assert last_logits(llm).tobytes() == stock_trace(path, steps=0)[0]
+            llm.eval([1])
+
+
+def test_hard_mode_needs_room_for_one_token_in_every_layer(tiny_model: TinyModel) -> None:
+    path = tiny_model(spec())
+    with pytest.raises(BudgetError, match="in every layer at once"):
+        expertier(path, sizes(path).token * 2, expert_virtual_hard="on")
+    with closing(expertier(path, sizes(path).token * 3, expert_virtual_hard="on")) as llm:
+        llm.eval([1])
+        with pytest.raises(BudgetError, match="in every layer at once"):
+            llm.offload.resize(sizes(path).token * 2)
+        llm.eval([2])
+
+
+def test_hard_mode_with_groups_of_experts_is_refused(tiny_model: TinyModel) -> None:
+    with pytest.raises(UnsupportedOptionError, match="groups of experts"):
+        expertier(tiny_model(spec("deepseek2")), "100%", expert_virtual_hard="on")

@@ -66,6 +66,8 @@ class Stats:
     prefetches, prefetches_used, prefetches_cancelled, prefetches_declined : int
         Loads begun ahead of need; those needed afterwards; those given up half-way; those not begun because the
         victim was likelier to be used.
+    swaps : int
+        Loads begun in the background in place of an expert less likely to be used.
     load_seconds : float
         Sum over experts of the time from queueing a load to its last byte.
     decode, prefill : PhaseCounters
@@ -85,6 +87,7 @@ class Stats:
     prefetches_used: int = 0
     prefetches_cancelled: int = 0
     prefetches_declined: int = 0
+    swaps: int = 0
     load_seconds: float = 0.0
     decode: PhaseCounters = field(default_factory=PhaseCounters)
     prefill: PhaseCounters = field(default_factory=PhaseCounters)

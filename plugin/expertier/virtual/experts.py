@@ -130,6 +130,8 @@ class VirtualExperts:
         Experts the routers chose while substitution was allowed, and how many of those were replaced.
     mass : ndarray of float64, shape (layers,)
         Sum over tokens of the share of gate weights that belonged to replaced experts.
+    stood_in : bool
+        Whether anything was replaced since it was last set to False.
     after_step : callable or None
         Called with this object at the end of every step: who steers the bias.
     """
@@ -144,6 +146,7 @@ class VirtualExperts:
         self.wishes = np.zeros(len(self._layers), np.int64)
         self.substituted = np.zeros(len(self._layers), np.int64)
         self.mass = np.zeros(len(self._layers))
+        self.stood_in = False
         self.after_step: Callable[[VirtualExperts], None] | None = None
         self._exact_requests = 0
         self._substituting = False
@@ -184,10 +187,13 @@ class VirtualExperts:
         finally:
             self._exact_requests -= 1
 
+    def allowed(self, phase: Literal["decode", "prefill"]) -> bool:
+        """Whether a step that begins now may have stand-ins."""
+        return self._bias > 0 and (phase == "decode" or self.settings.prefill) and not self._exact_requests
+
     def begin_step(self, tokens: int, phase: Literal["decode", "prefill"]) -> bool:
         """Start a step; whether its layers may be given stand-ins."""
-        allowed = phase == "decode" or self.settings.prefill
-        self._substituting = self._bias > 0 and allowed and not self._exact_requests
+        self._substituting = self.allowed(phase)
         if self._substituting:
             self.tokens += tokens
         else:
@@ -245,6 +251,7 @@ class VirtualExperts:
         count = int(replaced.sum())
         if not count:
             return routes
+        self.stood_in = True
         self.substituted[position] += count
         shares = (weights * replaced).sum(axis=1) / np.maximum(weights.sum(axis=1), np.finfo(np.float32).tiny)
         self.mass[position] += float(shares.sum())
