@@ -346,3 +346,27 @@ def test_memory_is_not_locked_unless_asked_for(model: Path) -> None:
 
     assert OffloadModelSettings(model=str(model)).use_mlock is False
     assert OffloadModelSettings(model=str(model), use_mlock=True).use_mlock is True
+
+
+def test_a_request_to_a_lossy_server_may_ask_for_the_stock_engine_s_answer(
+    model: Path, stock: Stock, tmp_path: Path
+) -> None:
+    arguments = [f"--{name}={value}" for name, value in SERVED.items()]
+    arguments += ["--model", str(model), "--model_alias", "tiny", "--expert_budget", str(sizes(model).layer)]
+    arguments += ["--expert_repack=off", "--expert_virtual_bias", "2"]
+    expected = stock(PROMPT, max_tokens=24, temperature=0)["choices"][0]["text"]
+    answer = stock.chat(messages=MESSAGES, max_tokens=24, temperature=0)["choices"][0]["message"]["content"]
+    exact: Any = {"model": "tiny", "max_tokens": 24, "temperature": 0, "extra_body": {"expertier": {"exact": True}}}
+    lossy = {name: value for name, value in exact.items() if name != "extra_body"}
+    with running(arguments, tmp_path / "log") as process, process.client() as client:
+        assert client.completions.create(prompt=PROMPT, **lossy).choices[0].text != expected
+        assert client.completions.create(prompt=PROMPT, **exact).choices[0].text == expected
+        parts = client.completions.create(prompt=PROMPT, stream=True, **exact)
+        streamed = "".join(part.choices[0].text for part in parts)
+        # The stock server streams broken UTF-8 sequences differently from whole ones.
+        assert streamed.encode("ascii", "ignore") == expected.encode("ascii", "ignore")
+        assert client.chat.completions.create(messages=MESSAGES, **exact).choices[0].message.content == answer
+        assert client.completions.create(prompt=PROMPT, **lossy).choices[0].text != expected
+        with pytest.raises(openai.BadRequestError, match="it can be"):
+            client.completions.create(prompt=PROMPT, **lossy, extra_body={"expertier": {"exact": "please"}})
+        assert "lossy: resident experts preferred by 2" in process.stats()["mode"]
