@@ -8,12 +8,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from support.tiny_gguf import TinySpec, write_tiny
 
-
-# A test does not begin with what another has learned. Whoever tests that says so; processes that tests start inherit it.
+# A test does not begin with what another has learned; whoever tests that says so. Processes of tests inherit it.
 os.environ["EXPERTIER_PROFILE"] = "off"
+
+settings.register_profile("suite", deadline=None)  # a busy machine fails no test
+settings.load_profile("suite")
 
 
 @pytest.fixture(scope="session")
