@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expertier.errors import UnsupportedOptionError
-from expertier.scheduling import BATCHERS, Admission, Fairness, PathBook, Round, make_batcher
+from expertier.scheduling import BATCHERS, Admission, Fairness, PathBook, Round, Worth, make_batcher
 
 LAYERS, EXPERTS, TOP_K = 3, 8, 2
 
@@ -75,7 +75,11 @@ EVENTS = st.lists(
 @given(EVENTS, st.integers(0, 6), st.integers(1, 20), st.integers(0, 1000))
 def test_no_limit_of_fairness_is_ever_broken_and_nobody_is_lost(events, overtaken, steps, seed):
     admission = Admission(
-        Whim(seed), taught_book(), fairness=Fairness(overtaken=overtaken, steps=steps, seconds=1e9), clock=Clock()
+        Whim(seed),
+        taught_book(),
+        fairness=Fairness(overtaken=overtaken, steps=steps, seconds=1e9),
+        worth=Worth("on"),
+        clock=Clock(),
     )
     waiting: dict[int, int] = {}  # our own books: priority by request, in order of arrival
     passed: dict[int, int] = {}
@@ -121,7 +125,7 @@ def test_no_limit_of_fairness_is_ever_broken_and_nobody_is_lost(events, overtake
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 8), st.integers(0, 10), st.integers(0, 1000))
 def test_nobody_falls_further_behind_first_come_than_the_bound(requests, room, overtaken, seed):
-    admission = Admission(Whim(seed), taught_book(), fairness=Fairness(overtaken=overtaken))
+    admission = Admission(Whim(seed), taught_book(), fairness=Fairness(overtaken=overtaken), worth=Worth("on"))
     for request in range(requests):
         admission.arrive(request, [request % 16])
     order = []
@@ -133,7 +137,7 @@ def test_nobody_falls_further_behind_first_come_than_the_bound(requests, room, o
 
 def test_a_request_that_waited_long_enough_after_its_turn_goes_first():
     clock = Clock()
-    admission = Admission(NewestFirst(), taught_book(), fairness=Fairness(seconds=5.0), clock=clock)
+    admission = Admission(NewestFirst(), taught_book(), worth=Worth("on"), fairness=Fairness(seconds=5.0), clock=clock)
     for request in range(6):
         admission.arrive(request, [request])
     assert take(admission, 1) == [5]
@@ -145,7 +149,7 @@ def test_a_request_that_waited_long_enough_after_its_turn_goes_first():
 
 def test_who_is_cancelled_does_not_delay_the_turn_of_those_behind():
     clock = Clock()
-    admission = Admission(NewestFirst(), taught_book(), fairness=Fairness(seconds=1.0), clock=clock)
+    admission = Admission(NewestFirst(), taught_book(), worth=Worth("on"), fairness=Fairness(seconds=1.0), clock=clock)
     for request in range(5):
         admission.arrive(request, [request])
     admission.leave(0)
@@ -237,3 +241,38 @@ def test_a_name_that_waits_already_is_not_queued_twice():
 def test_an_unknown_batcher_is_refused_with_those_there_are():
     with pytest.raises(UnsupportedOptionError, match="similarity"):
         make_batcher("best")
+
+
+def test_a_choice_that_saves_nothing_leaves_the_order_of_arrival():
+    admission = Admission(NewestFirst(), taught_book())
+    for request in range(6):
+        admission.arrive(request, [2, 4])
+    assert take(admission, 2) == [0, 1]
+
+
+def trial(worth: Worth, loads_without: int, loads_with: int) -> None:
+    """Hold, then one trial."""
+    for _ in range(10 + 2 * 2 * 4):
+        worth.step(8, loads_with if worth.on else loads_without)
+
+
+def test_regrouping_that_does_not_save_loads_turns_itself_off_and_is_tried_again():
+    worth = Worth(block=4, hold=10)
+    assert worth.on
+    trial(worth, loads_without=40, loads_with=44)
+    assert not worth.on
+    trial(worth, loads_without=40, loads_with=30)
+    assert worth.on
+
+
+def test_regrouping_that_saves_loads_stays():
+    worth = Worth(block=4, hold=10)
+    trial(worth, loads_without=40, loads_with=36)
+    assert worth.on
+
+
+def test_while_regrouping_is_off_requests_join_in_order():
+    admission = Admission(make_batcher("similarity"), taught_book(), worth=Worth("off"))
+    for request in range(6):
+        admission.arrive(request, [request])
+    assert take(admission, 4) == [0, 1, 2, 3]

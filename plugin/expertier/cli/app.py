@@ -310,6 +310,75 @@ def profile(
 
 @app.command()
 @reported
+def traffic(
+    trace: Annotated[Path, typer.Argument(metavar="TRACE", help="What `expertier profile` recorded.")],
+    arm: Annotated[
+        list[str] | None,
+        typer.Option("--arm", help="fcfs (always), greedy, similarity, balanced, random, domains. Repeat it."),
+    ] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option("--batch", min=1, help="Requests that run at a time. Repeat it. \\[default: 8]")
+    ] = None,
+    budget: Annotated[str, typer.Option("--budget", help="Memory for experts: percent or an amount.")] = "50%",
+    requests: Annotated[int, typer.Option("--requests", min=1, help="Requests of one run.")] = 64,
+    clients: Annotated[
+        int | None, typer.Option("--clients", min=1, help="Clients that wait for answers. \\[default: all at once]")
+    ] = None,
+    load: Annotated[
+        str | None, typer.Option("--load", help="Poisson arrivals at this part of what fcfs can serve, e.g. 70%.")
+    ] = None,
+    domains: Annotated[
+        int | None, typer.Option("--domains", min=1, help="Kinds of text in one run, drawn anew for each.")
+    ] = None,
+    prompt: Annotated[str, typer.Option("--prompt", help="Tokens of a prompt, least:most.")] = "32:128",
+    output: Annotated[str, typer.Option("--output", help="Tokens of an answer, least:most.")] = "64:192",
+    earlier: Annotated[int, typer.Option("--earlier", min=0, help="Other texts the server has served before.")] = 64,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Runs with other requests.")] = 5,
+    bandwidth: Annotated[str | None, typer.Option("--bandwidth", help="Storage speed, e.g. 1.5GB/s.")] = None,
+    compute_ms: Annotated[
+        float | None, typer.Option("--compute-ms", min=0, help="Milliseconds of compute in a step of one token.")
+    ] = None,
+    token_ms: Annotated[
+        float, typer.Option("--token-ms", min=0, help="Milliseconds of compute of every further token.")
+    ] = 0.0,
+    partial: Annotated[
+        bool, typer.Option("--partial", help="Use what is intact of a trace that was not closed.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Directory for record and figure. \\[default: in the cache directory]")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Serve recorded requests together: who joins the batch, what that loads, and who waits how long."""
+    from expertier.cli.traffic import TrafficRequest
+    from expertier.cli.traffic import traffic as command
+    from expertier.simulation.scheduling import TrafficPlan
+
+    command(
+        TrafficRequest(
+            trace=trace,
+            arms=tuple(arm or ("random", "balanced", "similarity", "greedy", "domains")),
+            batches=tuple(dict.fromkeys(batch or (8,))),
+            budget=budget,
+            plan=TrafficPlan(
+                requests=requests, clients=clients or requests, domains=domains, earlier=earlier, budget=0
+            ),
+            prompt=prompt,
+            output=output,
+            load=load,
+            repeats=repeats,
+            bandwidth=bandwidth,
+            compute_ms=compute_ms,
+            token_ms=token_ms,
+            partial=partial,
+            out=out,
+            as_json=as_json,
+        )
+    )
+
+
+@app.command()
+@reported
 def simulate(
     trace: Annotated[Path, typer.Argument(metavar="TRACE", help="What `expertier profile` recorded.")],
     budget: Annotated[

@@ -123,10 +123,11 @@ def profile(request: ProfileRequest) -> None:
             )
         print(session.mode_line(), file=sys.stderr, flush=True)
         measured = Measured()
+        domains: list[str] = []  # of each request of the trace
         try:
-            _read_all(session, request, texts, measured)
+            _read_all(session, request, texts, measured, domains)
         finally:
-            session.note({**measured.costs(), "expert_share": expert_share(catalog)})
+            session.note({"domains": domains, **measured.costs(), "expert_share": expert_share(catalog)})
         disk = measure_disk(
             catalog.files,
             read_bytes=catalog.largest_expert_bytes,
@@ -141,7 +142,9 @@ def profile(request: ProfileRequest) -> None:
     _report(request, out, stats)
 
 
-def _read_all(session: Reader, request: ProfileRequest, texts: list[Text], measured: Measured) -> None:
+def _read_all(
+    session: Reader, request: ProfileRequest, texts: list[Text], measured: Measured, domains: list[str]
+) -> None:
     read = 0
     with _progress(request.tokens) as advance:
         for text in texts:
@@ -151,6 +154,7 @@ def _read_all(session: Reader, request: ProfileRequest, texts: list[Text], measu
                 continue
             prompt = min(request.prompt, len(tokens) - 1)
             session.read(tokens[:prompt], fresh=True)
+            domains.append(text.domain)
             before = session.stats().decode
             for token in tokens[prompt:]:
                 started = time.perf_counter()

@@ -2,7 +2,19 @@
 
 from expertier.scheduling.admission import Admission, AdmissionStats, Fairness
 from expertier.scheduling.base import Batcher, Round
-from expertier.scheduling.paths import PathBook
+from expertier.scheduling.paths import PathBook, resident_experts
 from expertier.scheduling.registry import BATCHERS, make_batcher
+from expertier.scheduling.worth import Worth
 
-__all__ = ["BATCHERS", "Admission", "AdmissionStats", "Batcher", "Fairness", "PathBook", "Round", "make_batcher"]
+__all__ = [
+    "BATCHERS",
+    "Admission",
+    "AdmissionStats",
+    "Batcher",
+    "Fairness",
+    "PathBook",
+    "Round",
+    "Worth",
+    "make_batcher",
+    "resident_experts",
+]

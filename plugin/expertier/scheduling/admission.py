@@ -14,6 +14,7 @@ from expertier.residency.base import IntArray
 from expertier.scheduling.base import Batcher, Round
 from expertier.scheduling.fcfs import FirstCome
 from expertier.scheduling.paths import PathBook
+from expertier.scheduling.worth import LEAST_GAIN, Worth
 
 logger = logging.getLogger("expertier")
 
@@ -92,6 +93,8 @@ class Admission:
         Where paths come from; without it nothing is known of anybody and the order is that of arrival.
     fairness : Fairness
         Limits.
+    worth : Worth, optional
+        Decides whether regrouping gains; measures it if not given.
     clock : callable
         Seconds, for the limit in seconds.
 
@@ -108,16 +111,23 @@ class Admission:
         book: PathBook | None = None,
         *,
         fairness: Fairness | None = None,
+        worth: Worth | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.batcher: Batcher = batcher or FirstCome()
         self.book = book
         self.fairness = fairness or Fairness()
+        self.worth = worth or Worth()
         self.stats = AdmissionStats()
         self._clock = clock
         self._waiting: dict[Hashable, _Waiting] = {}
         self._running: dict[Hashable, None] = {}
         self._arrivals = self._steps = 0
+
+    @property
+    def in_order(self) -> bool:
+        """Whether requests are served in the order of arrival whatever they use: nobody has to observe anything."""
+        return self.book is None or isinstance(self.batcher, FirstCome)
 
     # ---- requests come and go
 
@@ -178,12 +188,35 @@ class Admission:
 
     def observe(self, requests: Sequence[Hashable], tokens: IntArray, routes: IntArray) -> None:
         """Learn from a step; see :meth:`PathBook.observe`."""
-        if self.book is not None:
+        if self.book is None or self.in_order:
+            return
+        try:
             self.book.observe(requests, tokens, routes)
+        except Exception as error:
+            self.give_up(error)
+
+    def give_up(self, error: Exception) -> None:
+        """Serve requests in order of arrival from now on, because something failed that regrouping needs."""
+        if not self.stats.failures:
+            logger.warning(
+                "Requests are served in order of arrival from now on: regrouping (%s) failed: %r",
+                self.batcher.name,
+                error,
+            )
+        self.stats.failures += 1
+        self.batcher = FirstCome()
 
     def step(self, tokens: int = 0, loads: int = 0) -> None:
-        """Let a step pass that computed so many tokens and loaded so many experts."""
+        """Let a step pass.
+
+        Parameters
+        ----------
+        tokens, loads : int
+            Of a step in which all requests decode: its tokens and the experts it loaded. Others are not judged.
+        """
         self._steps += 1
+        if tokens:
+            self.worth.step(tokens, loads)
 
     # ---- the decision
 
@@ -205,7 +238,7 @@ class Admission:
         queue = sorted(self._waiting.values(), key=lambda entry: entry.order)
         if room <= 0 or not queue:
             return []
-        if len(queue) == 1 or isinstance(self.batcher, FirstCome) or self.book is None:
+        if len(queue) == 1 or self.in_order or not self.worth.on:
             return [entry.request for entry in queue[:room]]
         chosen: list[_Waiting] = []
         while queue and len(chosen) < room:
@@ -254,16 +287,9 @@ class Admission:
             answer = [int(place) for place in self.batcher.choose(now)]
             if len(set(answer)) != len(answer) or any(not 0 <= place < len(free) for place in answer):
                 raise ValueError(f"it named {answer} of {len(free)} requests")
-            return answer
+            return answer if self.worth.mode == "on" or _gain(now, answer) >= LEAST_GAIN else []
         except Exception as error:
-            if not self.stats.failures:
-                logger.warning(
-                    "Requests are served in order of arrival from now on: regrouping (%s) failed: %r",
-                    self.batcher.name,
-                    error,
-                )
-            self.stats.failures += 1
-            self.batcher = FirstCome()
+            self.give_up(error)
             return []
 
     def _refresh(self, free: list[_Waiting]) -> None:
@@ -298,3 +324,15 @@ class Admission:
             left.remove(place)
             chosen.append(free[place])
         return chosen
+
+
+def _gain(now: Round, answer: list[int]) -> float:
+    """Part of the experts expected beyond those in use and in memory that an answer saves against order of arrival."""
+    price = np.ones(now.waiting.shape[1], np.float32) if now.resident is None else 1 - now.resident
+    for path in now.running:
+        price = price * (1 - path)
+    needs = [
+        float(price @ (1 - np.prod(1 - now.waiting[places], axis=0)))
+        for places in (np.arange(len(answer)), np.array(answer, np.int64))
+    ]
+    return 1 - needs[1] / needs[0] if needs[0] > 0 else 0.0

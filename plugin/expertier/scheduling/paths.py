@@ -8,6 +8,7 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from expertier.manager import OffloadManager
 from expertier.residency.base import IntArray
 from expertier.scheduling.base import Path
 
@@ -19,6 +20,15 @@ MOST_PROMPT = 256
 """Tokens of a prompt that are looked at: the last ones."""
 _MOST_ROWS = 128
 """Rows of a long step that are learned from."""
+
+
+def resident_experts(manager: OffloadManager, layers: Sequence[int], width: int) -> NDArray[np.float32]:
+    """Show what is in memory in the form of a path: 1 for experts that are, shape ``(len(layers) * width,)``."""
+    held = np.zeros((len(layers), width), np.float32)
+    for place, layer in enumerate(layers):
+        mask = manager.resident(layer)
+        held[place, : len(mask)] = mask
+    return held.reshape(-1)
 
 
 class PathBook:
