@@ -29,6 +29,7 @@ from expertier.quality.serving import QualityKeeper, read_quality_budget
 from expertier.residency.windows import WindowPool
 from expertier.routing import AheadLoader, GainGate, Lookahead, ProfileKeeper, TraceRecorder
 from expertier.routing.opening import gate_mode, open_predictor
+from expertier.routing.trace_header import trace_header
 from expertier.virtual import VirtualExperts, VirtualSettings
 from expertier.virtual.swapping import Swapper
 from expertier_llamacpp import ggml
@@ -37,7 +38,7 @@ from expertier_llamacpp.callback import EvalHook
 from expertier_llamacpp.exact import ExactRequests
 from expertier_llamacpp.governor import BudgetGovernor, StepMemory
 from expertier_llamacpp.loading import ModelLoader, open_files
-from expertier_llamacpp.recording import RouteRecording, trace_header
+from expertier_llamacpp.recording import RouteRecording
 from expertier_llamacpp.router import refuse_unknown
 from expertier_llamacpp.sidecar import choose_kernels
 from expertier_llamacpp.signals import HeldSignals
@@ -179,7 +180,9 @@ class Llama(ExactRequests, llama_cpp.Llama):
         self.recorder = None
         if options.trace is not None:
             width = layouts[0].metadata.get(f"{catalog.architecture}.embedding_length", 0)
-            self.recorder = TraceRecorder(options.trace, trace_header(catalog, pool, options, int(width)))
+            self.recorder = TraceRecorder(
+                options.trace, trace_header(catalog, pool, options, engine="llama.cpp", hidden_size=int(width))
+            )
             self._closing.append(self.recorder.close)
         buffers = ExpertBuffers(pool.placements, kernels.repacked)
         self._buffers = buffers  # llama.cpp calls into it until the model is freed

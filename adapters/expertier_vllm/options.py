@@ -71,10 +71,6 @@ class VllmOptions:
                 "repack='off' is not possible in vLLM: its kernels compute on rearranged weights only.",
                 "Leave repack at 'auto'.",
             )
-        if offload.trace is not None:
-            raise UnsupportedOptionError(
-                "trace is not possible in vLLM yet.", "Record with llama.cpp: expertier profile MODEL.gguf."
-            )
         if offload.virtual_bias is not None or offload.virtual_hard == "on":
             raise UnsupportedOptionError("Virtual experts are not possible in vLLM yet.", "Use them with llama.cpp.")
         parse_budget(offload.budget, 1 << 60)  # a slip of the pen is told before any work

@@ -7,7 +7,7 @@ import functools
 import logging
 import sys
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,20 @@ from expertier.catalog.pack import Pack, PackKey, find_or_build
 from expertier.catalog.safetensors import build_catalog, content_digest, read_layout
 from expertier.catalog.sidecar import sidecar_directories
 from expertier.catalog.types import LayerExperts
-from expertier.errors import BudgetError, ExpertierError, ExpertLoadError, ModelFormatError, UnsupportedModelError
+from expertier.errors import (
+    BudgetError,
+    ExpertierError,
+    ExpertLoadError,
+    ModelFormatError,
+    UnsupportedModelError,
+    UnsupportedOptionError,
+)
 from expertier.manager import Lease, ManagerConfig, OffloadManager, Phase
 from expertier.planning.memory import memory_left
 from expertier.residency.windows import WindowPool
-from expertier.routing import AheadLoader, GainGate, Lookahead, ProfileKeeper
+from expertier.routing import AheadLoader, GainGate, Lookahead, ProfileKeeper, RoutePredictor, Span, TraceRecorder
+from expertier.routing.opening import gate_mode, open_predictor
+from expertier.routing.trace_header import trace_header
 from expertier.storage import StorageFile
 from expertier_vllm.checkpoint import CheckpointFiles, SourceReader
 from expertier_vllm.grouping import token_groups
@@ -36,6 +45,7 @@ from expertier_vllm.loading import (
     sidecar_name,
 )
 from expertier_vllm.options import VllmOptions
+from expertier_vllm.recording import StepRecording
 from expertier_vllm.stage import ExpertStage, layers_in_order
 
 logger = logging.getLogger("expertier")
@@ -130,6 +140,8 @@ class Runtime:
         self._asked: int | None = None
         self._smallest = self._largest = 0
         self._ahead: AheadLoader | None = None
+        self._recording: StepRecording | None = None
+        self._spans: Sequence[Span] = ()  # tokens of the forward pass that has been announced
         self._kind = StepKind(real=False, decode=False)
         self._step_open = False
         self._everything: Lease | None = None  # all experts are resident, and pinned for this step
@@ -236,7 +248,20 @@ class Runtime:
             pool.close()
             raise
         weakref.finalize(self, self.manager.close)
-        self._keeper = ProfileKeeper(self._profile_option(), self._catalog, self._directories(), self.manager)
+        profile = offload.profile if self.facts.rank == 0 and self._sees_all_layers else "off"
+        self._keeper = ProfileKeeper(profile, self._catalog, self._directories(), self.manager)
+        self._predictor = self._open_predictor()
+        self._keeper.predictor = self._predictor.name if self._predictor is not None else ""
+        if offload.trace is not None and self.facts.rank == 0:
+            if not self._sees_all_layers:
+                raise UnsupportedOptionError(
+                    "A trace needs all layers in one worker.", "Record with tensor instead of pipeline parallelism."
+                )
+            hidden_size = int(self._stages[0].module.hidden_size) if offload.trace_hidden else 0
+            header = trace_header(self._catalog, pool, offload, engine="vllm", hidden_size=hidden_size)
+            recorder = TraceRecorder(offload.trace, header)
+            weakref.finalize(self, recorder.close)
+            self._recording = StepRecording(recorder, hidden_every=offload.trace_hidden)
         self._slot = {layer.layer: pool.slot_bytes(layer.layer) for layer in managed}
         self._last = len(self._stages) - 1
         addresses = {name: placement.address for name, placement in pool.placements.items()}
@@ -248,10 +273,20 @@ class Runtime:
             }
             stage.settle(addresses, resident)
 
-    def _profile_option(self) -> str:
-        """What one worker sees of the model is its profile only if it sees all layers; one worker writes it."""
-        whole = {stage.layer for stage in self._stages} == {layer.layer for layer in self._catalog.layers}
-        return self.options.offload.profile if self.facts.rank == 0 and whole else "off"
+    @property
+    def _sees_all_layers(self) -> bool:
+        """Whether this worker is no mere stage of a pipeline."""
+        return {stage.layer for stage in self._stages} == {layer.layer for layer in self._catalog.layers}
+
+    def _open_predictor(self) -> RoutePredictor | None:
+        asked = self.options.offload.predictor
+        if self._sees_all_layers:
+            return open_predictor(asked, self._catalog, self._directories())
+        if asked not in ("auto", "off"):
+            raise UnsupportedOptionError(
+                "A predictor of routes needs all layers in one worker.", "Use tensor instead of pipeline parallelism."
+            )
+        return None
 
     @property
     def automatic(self) -> bool:
@@ -284,7 +319,8 @@ class Runtime:
             manager=self.manager,
             experts={stage.layer: stage.experts for stage in self._stages},
             lookahead=lookahead,
-            gate=GainGate(offload.lookahead),
+            gate=GainGate(gate_mode(offload.lookahead, self._predictor)),
+            predictor=self._predictor,
         )
 
     # ---- budget
@@ -364,17 +400,33 @@ class Runtime:
             f"expertier: {self._catalog.architecture}, {self.facts.shard}, {stats.total_experts} experts of "
             f"{format_bytes(max(self._slot.values()))}, budget {format_bytes(stats.budget_bytes)} of "
             f"{format_bytes(stats.total_bytes)} ({100 * stats.budget_bytes / stats.total_bytes:.0f} %), "
-            f"policy {self.manager.config.policy}, sidecar {self._pack.path}, lossless"
+            f"policy {self.manager.config.policy}, prediction by {self._ahead.words() if self._ahead else 'nothing'}, "
+            f"sidecar {self._pack.path}, lossless"
         )
 
     def close(self) -> None:
         """Stop I/O and give all memory back; no layer may compute any more."""
         if hasattr(self, "_keeper"):
             self._keeper.close()
+        if self._recording is not None:
+            self._recording.recorder.close()
         if hasattr(self, "manager"):
             self.manager.close()
 
     # ---- computing
+
+    def announce(self, spans: Sequence[Span]) -> None:
+        """Take note of the tokens that the next forward pass computes, and load ahead for it.
+
+        Parameters
+        ----------
+        spans : sequence of Span
+            One for each of its requests, in the order of the batch.
+        """
+        self._spans = spans
+        if self._ahead is not None and self._ahead.follows_tokens:
+            decode = all(span.tokens is not None and len(span.tokens) == 1 for span in spans)
+            self._ahead.begin(spans, decode=decode and not self.manager.complete)
 
     def run(self, stage: ExpertStage, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Compute a layer's experts with stock's kernel, after bringing in those that are absent.
@@ -405,14 +457,14 @@ class Runtime:
             else:
                 output = self._run_absent(stage, x, weights, ids)
         except ExpertLoadError as error:
-            self._end()
+            self._end(failed=True)
             if not self.facts.in_step:
                 raise
             logger.error("%s", error)
             self.failure = error
             return torch.zeros_like(x)
         except BaseException:
-            self._end()
+            self._end(failed=True)
             raise
         if stage.position == self._last:
             self._end()
@@ -424,6 +476,8 @@ class Runtime:
         routes = ids.numpy().astype(np.int64)
         if self._kind.real:
             self.manager.observe(stage.layer, routes)
+            if self._recording is not None:
+                self._recording.layer(stage.layer, routes, weights, x)
         capacity = self.manager.budget // self._slot[stage.layer]
         if routes.size > capacity and len(np.unique(routes)) > capacity:
             return self._run_groups(stage, x, weights, ids, routes, capacity)
@@ -454,14 +508,19 @@ class Runtime:
         self._end()
         self._kind = self._step_kind()
         phase: Phase = "decode" if self._kind.decode else "prefill"
-        self._everything = self.manager.hold_all(tokens, phase)
+        recorded = self._recording is not None and self._kind.real
+        self._everything = None if recorded else self.manager.hold_all(tokens, phase)
+        if self._recording is not None and recorded:
+            self._recording.begin(self._spans, tokens, phase)
         if self._everything is None:
             self.manager.begin_step(tokens, phase)
         self._step_open = True
 
-    def _end(self) -> None:
+    def _end(self, *, failed: bool = False) -> None:
         if self._step_open:
             self._step_open = False
+            if self._recording is not None and self._kind.real:
+                self._recording.end(failed=failed)
             if self._everything is not None:
                 self._everything.release()
                 self._everything = None

@@ -29,6 +29,7 @@ from expertier_vllm import refusals
 from expertier_vllm.board import Board, Reporter
 from expertier_vllm.compat.v032 import SCHEDULER
 from expertier_vllm.compat.v032.scheduler import PROBLEM
+from expertier_vllm.compat.v032.tokens import announce_tokens
 from expertier_vllm.experts import constructing, managed_class
 from expertier_vllm.options import VllmOptions
 from expertier_vllm.runtime import Runtime, StepKind, WorkerFacts
@@ -105,6 +106,7 @@ class ExpertierWorker(CPUWorker):  # type: ignore[misc]
             constructing.reset(token)
         self._check_all_managed()
         self.expertier.finish_loading(*_routers(self.get_model()))
+        announce_tokens(self.model_runner, self.expertier.announce)
 
     def _facts(self) -> WorkerFacts:
         parallel = self.vllm_config.parallel_config
