@@ -195,6 +195,7 @@ class Llama(ExactRequests, llama_cpp.Llama):
                 lookahead=_make_lookahead(catalog, layouts) if options.lookahead != "off" else None,
                 gate=GainGate(gate_mode(options.lookahead, predictor)),
                 predictor=predictor,
+                listener=manager.forecast if options.policy == "predictive" else None,
                 # llama.cpp drops rows without output before the last layer's experts: of a prompt one row is left.
                 last_is_narrow=True,
             )

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from expertier.budget import format_bytes, parse_budget
 from expertier.catalog.pack import Pack, PackKey, find_or_build
+from expertier.catalog.routers import read_routers
 from expertier.catalog.safetensors import build_catalog, content_digest, read_layout
 from expertier.catalog.sidecar import sidecar_directories
 from expertier.catalog.types import LayerExperts
@@ -293,15 +294,11 @@ class Runtime:
         """Whether the budget is to be what is left."""
         return self._asked is None
 
-    def finish_loading(
-        self, gates: Mapping[int, NDArray[np.float32]], norms: Mapping[int, NDArray[np.float32]]
-    ) -> None:
+    def finish_loading(self, norms: Mapping[int, NDArray[np.float32]]) -> None:
         """Prepare for serving when the model is complete.
 
         Parameters
         ----------
-        gates : mapping of int to ndarray of float32, shape (experts, hidden)
-            Router weights by layer; layers whose router was not found are missing.
         norms : mapping of int to ndarray of float32, shape (hidden,)
             Weights of the norm before the router, by layer.
         """
@@ -312,16 +309,25 @@ class Runtime:
         if self._waiting:
             raise ModelFormatError(f"vLLM loaded no weights for {min(self._waiting)}.", "Fetch the checkpoint again.")
         offload = self.options.offload
-        lookahead = None
-        if offload.lookahead != "off" and set(gates) == {stage.layer for stage in self._stages}:
-            lookahead = Lookahead(gates=gates, norms=norms, top_k={stage.layer: stage.top_k for stage in self._stages})
+        lookahead = self._make_lookahead(norms) if offload.lookahead != "off" else None
         self._ahead = AheadLoader(
             manager=self.manager,
             experts={stage.layer: stage.experts for stage in self._stages},
             lookahead=lookahead,
             gate=GainGate(gate_mode(offload.lookahead, self._predictor)),
             predictor=self._predictor,
+            listener=self.manager.forecast if offload.policy == "predictive" else None,
         )
+
+    def _make_lookahead(self, norms: Mapping[int, NDArray[np.float32]]) -> Lookahead | None:
+        """The lookahead of this worker's layers, or ``None`` where the checkpoint has a router in no usual place."""
+        top_k = {stage.layer: stage.top_k for stage in self._stages}
+        gates = {layer: gate for layer, gate in read_routers(self._catalog).items() if layer in top_k}
+        if gates.keys() != top_k.keys():
+            return None
+        width = next(iter(gates.values())).shape[1]
+        fitting = {layer: norm for layer, norm in norms.items() if norm.shape == (width,)}
+        return Lookahead(gates=gates, norms=fitting, top_k=top_k)
 
     # ---- budget
 

@@ -64,7 +64,8 @@ class AheadLoader:
     predictor : RoutePredictor, optional
         Predicts whole paths; the lookahead then only corrects it, where the predictor listens to it.
     listener : callable, optional
-        Told the forecast of every step that is predicted: whoever decides what stays.
+        Told the forecast of every step: whoever decides what stays. It is told while the gate is closed, too, and
+        judges for itself what a forecast is worth.
     ahead : int
         Most experts loading ahead of need during decode of one token, for the next layer.
     path_ahead : int
@@ -126,13 +127,15 @@ class AheadLoader:
         self._predicted = False
         if self._follower is None:
             return
-        forecast = self._follower.begin(spans, decode=decode and self.gate.open)
+        wanted = self.gate.open or self._listener is not None
+        forecast = self._follower.begin(spans, decode=decode and wanted)
         if forecast is None:
             return
         self._predicted = True
         if self._listener is not None:
             self._listener(forecast)
-        self._path.top_up(forecast.now, 0, len(spans))
+        if self.gate.open:
+            self._path.top_up(forecast.now, 0, len(spans))
 
     def after_router(self, layer: int, routes: NDArray[np.int64], gate_input: GateInput, *, decode: bool) -> None:
         """Act on what the router of a layer chose.

@@ -105,7 +105,7 @@ class ExpertierWorker(CPUWorker):  # type: ignore[misc]
         finally:
             constructing.reset(token)
         self._check_all_managed()
-        self.expertier.finish_loading(*_routers(self.get_model()))
+        self.expertier.finish_loading(_norms(self.get_model()))
         announce_tokens(self.model_runner, self.expertier.announce)
 
     def _facts(self) -> WorkerFacts:
@@ -282,30 +282,28 @@ def _checkpoint(model: Any) -> Path:
     return Path(snapshot_download(model.model, revision=model.revision))
 
 
-_ROUTERS: Final = ("gate", "router")
 _NORMS: Final = ("post_attention_layernorm", "ffn_norm", "pre_feedforward_layernorm")
 
 
-def _routers(model: torch.nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:
-    """Find each layer's router weights, shape (experts, hidden), and those of the norm before it, in float32.
+def _norms(model: torch.nn.Module) -> dict[int, Any]:
+    """Find the weights of the norm in front of each layer's router, shape (hidden,), in float32.
 
-    They are looked for by name in the blocks around the experts; what is not found only costs the lookahead.
+    They are looked for by name in the blocks around the experts; what is not found only makes the lookahead less exact.
+    The routers themselves are read from the checkpoint: once loaded, vLLM rearranges their weights for its kernels
+    (``dispatch_cpu_unquantized_gemm``) and leaves an empty tensor.
     """
     modules = dict(model.named_modules())
-    gates, norms = {}, {}
+    norms = {}
     for name, module in modules.items():
         stage = getattr(module, "managed", None)
         if stage is None:
             continue
         parts = name.split(".")
         around = [modules[".".join(parts[:depth])] for depth in range(len(parts) - 1, 0, -1)]
-        gate = _weight(around, _ROUTERS, 2)
-        if gate is not None and gate.shape[0] == stage.experts:
-            gates[stage.layer] = gate
-            norm = _weight(around, _NORMS, 1)
-            if norm is not None and norm.shape[0] == gate.shape[1]:
-                norms[stage.layer] = norm
-    return gates, norms
+        norm = _weight(around, _NORMS, 1)
+        if norm is not None:
+            norms[stage.layer] = norm
+    return norms
 
 
 def _weight(blocks: list[torch.nn.Module], names: tuple[str, ...], dimensions: int) -> Any:
