@@ -19,7 +19,7 @@ import ctypes
 import functools
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -72,6 +72,8 @@ class EvalHook:
         To be entered around every llama.cpp call that runs the graph.
     error : BaseException or None
         What went wrong in the running call.
+    listener : callable or None
+        Told the layer, its routes and which rows of the batch are being computed (from, to) when a router has chosen.
 
     Notes
     -----
@@ -123,10 +125,11 @@ class EvalHook:
         self._previous_layer = -1
         self._step_open = False
         self._batch: BatchTokens | None = None
-        self._begun = 0  # rows of the batch whose step has begun
+        self._from = self._begun = 0  # rows of the batch that the running step computes; those behind are to come
         self._phase: Phase = "decode"
         self._quiet = False  # nothing can be absent in this call
         self.error: BaseException | None = None
+        self.listener: Callable[[int, NDArray[np.int64], int, int], None] | None = None
         self.compute_node = 0  # a tensor of the last graph, by which its compute buffer is found
         self.callback = ggml.EvalCallback(self._on_eval)
         _catch_lost_exceptions()
@@ -236,9 +239,9 @@ class EvalHook:
         if layer <= self._previous_layer or not self._step_open:
             if self._step_open:
                 self._end_step()
-            start, self._begun = self._begun, self._begun + len(routes)
+            self._from, self._begun = self._begun, self._begun + len(routes)
             assert self._batch is not None  # set by begin()
-            self._phase = self._batch.phase(start, self._begun)
+            self._phase = self._batch.phase(self._from, self._begun)
             self._manager.begin_step(len(routes), self._phase)
             if self._virtual is not None:
                 self._virtual.begin_step(len(routes), self._phase)
@@ -250,6 +253,8 @@ class EvalHook:
         self._manager.observe(layer, routes)
         if self._recording is not None:
             self._recording.layer(layer, routes, node)
+        if self.listener is not None:
+            self.listener(layer, routes, self._from, self._begun)
         chosen = self._stand_ins(layer, routes, node)
         self._lease = self._manager.acquire(layer, chosen, wait=False)
         self._lease_is_whole = False

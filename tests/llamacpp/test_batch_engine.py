@@ -18,6 +18,7 @@ from expertier.errors import (
     RequestTooLongError,
     UnsupportedOptionError,
 )
+from expertier.scheduling import BATCHERS
 from expertier.storage import StorageFile
 from expertier_llamacpp import BatchEngine
 from expertier_llamacpp.batch import Output, Request, Sampling
@@ -204,6 +205,32 @@ def test_steps_get_smaller_until_their_experts_fit_the_budget(model: Path, load:
 def test_budget_auto_serves_batches(load: Load) -> None:
     outputs = finished(load(expert_budget="auto").generate(PROMPTS, max_tokens=4, temperature=0))
     assert {len(output.tokens) for output in outputs} == {4}
+
+
+@pytest.mark.parametrize("scheduling", sorted(BATCHERS))
+def test_every_scheduler_answers_everybody_with_the_same_tokens_as_first_come_first_served(
+    load: Load, scheduling: str
+) -> None:
+    engine = load(max_sequences=1, scheduling=scheduling)
+    prompts = [[number] * (3 + number) for number in range(8)]
+    outputs = finished(engine.generate(prompts, max_tokens=4, temperature=0))
+    alone = load(max_sequences=1)
+    assert [output.tokens for output in outputs] == [
+        output.tokens for output in finished(alone.generate(prompts, max_tokens=4, temperature=0))
+    ]
+
+
+def test_a_scheduler_learns_the_routes_of_every_token(load: Load) -> None:
+    engine = load(max_sequences=4, scheduling="similarity")
+    seen: list[tuple[Any, ...]] = []
+    engine.admission.observe = lambda *step: seen.append(step)  # type: ignore[method-assign]
+    finished(engine.generate([[1] * 20, [2] * 3, [3] * 3], max_tokens=3, temperature=0, logit_bias=ENDLESS))
+    assert sum(len(tokens) for _, tokens, _ in seen) == 20 + 3 + 3 + 3 * 2
+    for names, tokens, routes in seen:
+        assert routes.shape == (len(tokens), SPEC.layers, SPEC.top_k) == (len(names), SPEC.layers, SPEC.top_k)
+        assert (routes[:, :-1] >= 0).all()
+        wanted = [row for row, name in enumerate(names) if names[row + 1 : row + 2] != [name]]
+        assert (routes[wanted, -1] >= 0).all()  # the last layer is computed for rows with output only
 
 
 # ---- what goes wrong

@@ -14,7 +14,7 @@ from typing import Any
 import llama_cpp
 
 from expertier.errors import ManagerClosedError, RequestError, RequestTooLongError
-from expertier.scheduling import Admission, make_batcher
+from expertier.scheduling import Admission, PathBook, make_batcher
 from expertier_llamacpp.batch.loop import StepLoop
 from expertier_llamacpp.batch.progress import Bar, progress_bar
 from expertier_llamacpp.batch.requests import Output, Request, Sampling
@@ -52,6 +52,8 @@ class BatchEngine:
         The model; its own ``generate`` and ``eval`` must not be used beside the engine.
     offload : OffloadManager
         The same as ``llama.offload``.
+    admission : Admission
+        Decides who joins; its ``stats`` tell who overtook whom.
 
     Raises
     ------
@@ -79,21 +81,24 @@ class BatchEngine:
     """
 
     def __init__(self, model_path: str, *, max_sequences: int = 8, scheduling: str = "fcfs", **kwargs: Any) -> None:
-        batcher = make_batcher(scheduling)
-        llama = Llama(model_path, max_sequences=max_sequences, **kwargs)
-        self._set_up(llama, Admission(batcher), owned=True)
+        make_batcher(scheduling)  # a slip of the pen is told before any work
+        self._set_up(Llama(model_path, max_sequences=max_sequences, **kwargs), scheduling, owned=True)
 
     @classmethod
     def over(cls, llama: Llama, *, scheduling: str = "fcfs") -> BatchEngine:
         """Run on a model that was loaded with ``max_sequences``; it stays open when the engine is closed."""
         engine = cls.__new__(cls)
-        engine._set_up(llama, Admission(make_batcher(scheduling)), owned=False)
+        engine._set_up(llama, scheduling, owned=False)
         return engine
 
-    def _set_up(self, llama: Llama, admission: Admission, *, owned: bool) -> None:
+    def _set_up(self, llama: Llama, scheduling: str, *, owned: bool) -> None:
+        layers = llama.catalog.layers
+        book = None if scheduling == "fcfs" else PathBook(len(layers), max(layer.experts for layer in layers))
+        admission = Admission(make_batcher(scheduling), book)
         self.llama = llama
         self.offload = llama.offload
         self._owned = owned
+        self.admission = admission
         self._loop = StepLoop(llama, admission)
         self.n_ctx = self._loop.n_ctx
         self.max_sequences = self._loop.max_sequences

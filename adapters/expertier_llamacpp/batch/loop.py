@@ -10,8 +10,9 @@ from typing import Any
 import llama_cpp
 
 from expertier.errors import BudgetError, ContextFullError, ExpertierError
-from expertier.scheduling import Admission
+from expertier.scheduling import Admission, resident_experts
 from expertier_llamacpp.batch.room import KvRoom, common_length
+from expertier_llamacpp.batch.route_log import RouteLog
 from expertier_llamacpp.batch.sequence import ActiveSequence
 from expertier_llamacpp.batch.step import StepBatch
 from expertier_llamacpp.batch.telemetry import EngineStats
@@ -48,6 +49,12 @@ class StepLoop:
     """
 
     def __init__(self, llama: Llama, admission: Admission) -> None:
+        self._manager = llama.offload
+        self._layers = [layer.layer for layer in llama.catalog.layers]
+        self._routes: RouteLog | None = None
+        if admission.book is not None:
+            self._routes = RouteLog(self._layers, max(layer.top_k for layer in llama.catalog.layers))
+            llama._hook.listener = self._routes.note
         self._context: Any = llama._ctx
         params: Any = llama.context_params
         self.max_sequences = int(params.n_seq_max)
@@ -56,6 +63,7 @@ class StepLoop:
         self._longest_mixed = int(params.n_ubatch)
         self._most = self._longest_step  # tokens in a step; fewer while the budget asks for it
         self._calm = 0
+        self._misses = 0
         model = llama._model.model
         recurrent = llama_cpp.llama_model_is_recurrent(model) or llama_cpp.llama_model_is_hybrid(model)
         windowed = llama_cpp.llama_model_n_swa(model) > 0 and not params.swa_full
@@ -136,7 +144,10 @@ class StepLoop:
                 self._admission.arrive(sequence.number, sequence.tokens, priority=sequence.priority)
         if not self._waiting or len(self._running) >= self.max_sequences:
             return
-        for number in self._admission.propose(self.max_sequences - len(self._running)):
+        resident = None
+        if not self._admission.in_order and self._admission.book is not None:
+            resident = resident_experts(self._manager, self._layers, self._admission.book.experts)
+        for number in self._admission.propose(self.max_sequences - len(self._running), resident=resident):
             sequence = self._waiting[number]  # type: ignore[index]
             if self._running:
                 promised = sum(item.missing for item in self._running) + _SPARE_CELLS * (len(self._running) + 1)
@@ -244,6 +255,8 @@ class StepLoop:
             for sequence, count in parts
         )
         tokens = self._batch.n_tokens()
+        if self._routes is not None:
+            self._routes.begin(self._batch.wanted_rows(), tokens)
         try:
             self._context.decode(self._batch)
         except BaseException as error:
@@ -264,6 +277,8 @@ class StepLoop:
                 if not sequence.missing and not sequence.over:
                     self._choose(sequence, row)
         self._note(parts, tokens)
+        if self._routes is not None:
+            self._learn(parts, self._routes)
 
     def _choose(self, sequence: ActiveSequence, row: int) -> None:
         try:
@@ -304,7 +319,19 @@ class StepLoop:
         self._stats.steps += 1
         self._stats.tokens += tokens
         self._stats.sequence_steps += len(parts)
-        self._admission.step(tokens)
+        if self._routes is None:
+            self._admission.step()
+
+    def _learn(self, parts: list[Part], log: RouteLog) -> None:
+        """Let the scheduler know what the step's tokens used."""
+        if log.seen:
+            names = [sequence.number for sequence, count in parts for _ in range(count)]
+            self._admission.observe(names, self._batch.tokens(), log.routes)
+        stats = self._manager.stats()
+        misses = stats.decode.misses + stats.prefill.misses
+        decoding = len(parts) == self._batch.n_tokens()  # steps with prompts in them say nothing about regrouping
+        self._admission.step(len(parts) if decoding else 0, misses - self._misses)
+        self._misses = misses
 
 
 def _slot(sequence: ActiveSequence) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
+from numpy.typing import NDArray
 
 
 class StepBatch:
@@ -45,6 +46,14 @@ class StepBatch:
     def n_tokens(self) -> int:
         """Tokens in the step (the name ``llama_cpp``'s wrapper has for it)."""
         return int(self.batch.n_tokens)
+
+    def tokens(self) -> NDArray[np.int64]:
+        """The ids of the tokens, row by row."""
+        return self._tokens[: self.n_tokens()].astype(np.int64)
+
+    def wanted_rows(self) -> NDArray[np.int64]:
+        """Rows whose logits are wanted."""
+        return np.flatnonzero(self._wanted[: self.n_tokens()])
 
     def fill(self, parts: Iterable[tuple[int, int, Sequence[int], bool]]) -> list[int]:
         """Put the tokens of a step in.
