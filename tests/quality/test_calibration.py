@@ -16,7 +16,7 @@ from expertier.errors import QualityBudgetError, QualityProfileError
 from expertier.quality import Reference, samples
 from expertier.quality.budget import QualityBudget, check_hard, parse_quality_budget, resolve
 from expertier.quality.calibration import CalibrationPlan, calibrate, check_texts, next_bias
-from expertier.quality.profile import Point, QualityProfile, find_profile, profile_paths
+from expertier.quality.profile import Point, QualityProfile, find_profile, merged, profile_paths
 from expertier.quality.proxy import Proxy, fit
 from expertier.quality.statistics import Interval
 from quality.sessions import TableSession
@@ -202,6 +202,15 @@ def test_a_profile_survives_its_file(measured: QualityProfile, catalog: Catalog)
     written(measured, catalog)
     found = find_profile(catalog, None, policy="lfu")
     assert found == replace(measured, fingerprint=catalog.fingerprint, model=catalog.path.name)
+
+
+def test_another_memory_budget_on_the_same_texts_is_added_and_other_texts_replace_all() -> None:
+    old = profile_of(point(0.0, 0.0, 9.0), point(0.2, 0.01, 5.0))
+    new = profile_of(point(0.0, 0.0, 4.0, share=0.5), point(0.2, 0.02, 2.0, share=0.5))
+    assert merged(old, new).shares == (0.25, 0.5)
+    again = profile_of(point(0.0, 0.0, 8.0))
+    assert merged(old, again).points == again.points
+    assert merged(old, replace(new, text_digest="other")).shares == (0.5,)
 
 
 def test_without_a_profile_the_command_that_makes_one_is_named(catalog: Catalog) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import hashlib
+import json
 import math
 import os
 import sys
@@ -23,10 +26,10 @@ from expertier.cli.engines import Adapter, EngineSettings, get_adapter
 from expertier.cli.options import print_json
 from expertier.comparison.prompts import Text, read_texts
 from expertier.config import OffloadOptions
-from expertier.errors import BudgetError, UnsupportedEngineError, UnsupportedOptionError
+from expertier.errors import BudgetError, QualityProfileError, UnsupportedEngineError, UnsupportedOptionError
 from expertier.quality.calibration import Adjustable, Calibration, CalibrationPlan, calibrate, check_texts, point_of
 from expertier.quality.evaluation import Reference, Sample, evaluate, samples
-from expertier.quality.profile import Point, QualityProfile, profile_paths
+from expertier.quality.profile import Point, QualityProfile, merged, profile_paths, read_profile
 from expertier.quality.proxy import fit
 
 USUAL_LEVELS = ("12.5%", "25%", "50%", "75%")
@@ -77,10 +80,13 @@ def profile_quality(request: QualityRequest) -> None:
             tell("the exact model")
             session.set_virtual(0.0, 0)
             with Reference(session, chosen, advance) as reference:
-                measured = calibrate(session, reference, plan, advance=advance, tell=tell)
-                hard = _measure_hard(adapter, request, budgets, plan, reference, advance, tell)
-    profile = _profile(request, adapter, catalog, chosen, measured, hard)
-    profile.write(path)
+                measured = Calibration()
+                for budget in budgets:  # written after each of them: an interrupt loses one at most
+                    measured += calibrate(session, reference, replace(plan, budgets=(budget,)), advance, tell)
+                    profile = _write(_profile(request, adapter, catalog, chosen, measured, []), path, catalog)
+                if request.hard:
+                    hard = _measure_hard(adapter, request, budgets, plan, reference, advance, tell)
+                    profile = _write(_profile(request, adapter, catalog, chosen, measured, hard), path, catalog)
     _report(request, profile, path)
 
 
@@ -138,8 +144,6 @@ def _measure_hard(
     advance: Callable[[int], None],
     tell: Callable[[str], None],
 ) -> list[Point]:
-    if not request.hard:
-        return []
     found = []
     with _session(adapter, request, budgets[0], hard=True) as session:
         for budget in budgets:
@@ -149,6 +153,13 @@ def _measure_hard(
             result = evaluate(session, reference, warm_up=reference.texts[-1].tokens, advance=advance)
             found.append(point_of(result, share=share, bias=0.0, protect=0, hard=True))
     return found
+
+
+def _write(profile: QualityProfile, path: Path, catalog: Catalog) -> QualityProfile:
+    with contextlib.suppress(QualityProfileError):
+        profile = merged(read_profile(path, catalog), profile)
+    profile.write(path)
+    return profile
 
 
 def _profile(
@@ -167,6 +178,7 @@ def _profile(
         texts=len(chosen),
         tokens=measured.evaluations[0].tokens,
         domains=tuple(dict.fromkeys(text.domain for text in chosen)),
+        text_digest=hashlib.sha256(json.dumps([text.tokens for text in chosen]).encode()).hexdigest(),
         exact_cross_entropy=measured.evaluations[0].exact_cross_entropy,
         points=(*measured.points, *hard),
         proxy=fit(measured.evaluations),

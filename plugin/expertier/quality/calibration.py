@@ -62,8 +62,11 @@ class CalibrationPlan:
 class Calibration:
     """What came out: points, and the evaluations behind them in the same order."""
 
-    points: tuple[Point, ...]
-    evaluations: tuple[Evaluation, ...]
+    points: tuple[Point, ...] = ()
+    evaluations: tuple[Evaluation, ...] = ()
+
+    def __add__(self, other: Calibration) -> Calibration:
+        return Calibration(points=self.points + other.points, evaluations=self.evaluations + other.evaluations)
 
 
 def check_texts(texts: Sequence[Sample]) -> None:
@@ -85,7 +88,6 @@ def calibrate(
     session: Adjustable,
     reference: Reference,
     plan: CalibrationPlan,
-    *,
     advance: Callable[[int], None] = lambda _: None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Calibration:

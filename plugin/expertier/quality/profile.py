@@ -76,6 +76,8 @@ class QualityProfile:
         How much text, and how much of it per point.
     domains : tuple of str
         What kinds of text.
+    text_digest : str
+        SHA-256 over their tokens: points of the same texts can be put together.
     exact_cross_entropy : float
         Of the exact model on it, nats per token.
     points : tuple of Point
@@ -92,6 +94,7 @@ class QualityProfile:
     texts: int
     tokens: int
     domains: tuple[str, ...]
+    text_digest: str = ""
     exact_cross_entropy: float
     points: tuple[Point, ...]
     proxy: Proxy
@@ -219,10 +222,15 @@ def read_profile(path: Path, catalog: Catalog, *, policy: str | None = None) -> 
 
 
 def merged(old: QualityProfile, new: QualityProfile) -> QualityProfile:
-    """Put the points of a further measurement on the same texts into a profile; the new ones win."""
-    key = [(point.share, point.bias, point.protect, point.hard) for point in new.points]
-    kept = [point for point in old.points if (point.share, point.bias, point.protect, point.hard) not in key]
-    return replace(new, points=(*kept, *new.points))
+    """Add what an older profile knows of other memory budgets, if it was measured on the same texts.
+
+    The proxy is that of the measurement with more rows.
+    """
+    if (old.text_digest, old.engine, old.policy) != (new.text_digest, new.engine, new.policy):
+        return new
+    known = {(point.share, point.hard) for point in new.points}
+    kept = [point for point in old.points if (point.share, point.hard) not in known]
+    return replace(new, points=(*kept, *new.points), proxy=max(new.proxy, old.proxy, key=lambda proxy: proxy.rows))
 
 
 def _checksum(plain: dict[str, Any]) -> str:
