@@ -39,6 +39,7 @@ from llama_cpp.server.settings import ModelSettings, ServerSettings
 
 from expertier.config import OffloadOptions
 from expertier.errors import ExpertierError, UnsupportedOptionError
+from expertier.quality.serving import describe_losses
 from expertier.scheduling import BATCHERS
 from expertier_llamacpp.batch import BatchEngine
 from expertier_llamacpp.batch.routes import batch_router
@@ -189,6 +190,7 @@ def _stats(request: Request) -> dict[str, Any]:
     if proxy is None or not isinstance(model, Llama):
         raise HTTPException(503, "No model is loaded.")
     stats = {"model": proxy._current_model_alias, "mode": model.mode_line(), **model.offload.stats().as_dict()}
+    stats |= describe_losses(model.virtual, model.quality)
     engine = getattr(request.app.state, "batch_engine", None)
     return stats if engine is None else {**stats, "engine": engine.stats().as_dict()}
 

@@ -16,6 +16,7 @@ from expertier.comparison.prompts import Text
 from expertier.errors import QualityBudgetError, QualityProfileError
 from expertier.quality import Reference, evaluate, samples
 from expertier.quality.profile import profile_paths, read_profile
+from expertier.quality.serving import describe_losses
 from expertier_llamacpp.adapter import LlamaCppSession
 from llamacpp.engines import TEXT, expertier
 from support.tiny_gguf import TinySpec, write_tiny
@@ -36,7 +37,7 @@ def profiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = write_tiny(folder / "tiny.gguf", TinySpec(experts=8))
     texts = folder / "texts.json"
     texts.write_text(json.dumps([{"domain": "a", "text": random_text(seed)} for seed in range(6)]))
-    arguments = ["profile", str(model), "--quality", "--text", str(texts), "--at", "50%", "--points", "2"]
+    arguments = ["profile", str(model), "--quality", "--text", str(texts), "--at", "50%", "--points", "2", "--hard"]
     result = CliRunner().invoke(
         app, [*arguments, "--tokens-per-text", "20", "--threads", "1", "--repack", "off", "--json"]
     )
@@ -62,14 +63,15 @@ def test_an_exact_model_under_a_budget_differs_from_itself_in_nothing(unprofiled
     assert found.bytes_per_token > 0
 
 
-def test_a_profile_has_curves_with_intervals(profiled: Path) -> None:
+def test_a_profile_has_curves_with_intervals_and_the_cost_of_hard_mode(profiled: Path) -> None:
     catalog = read_gguf(profiled)
     profile = read_profile(profile_paths(catalog, None)[0], catalog)
     exact, *lossy = profile.curve(profile.shares[0], 0)
     assert exact.kl.high == 0.0
     assert lossy
-    assert all(point.loads_per_token < exact.loads_per_token for point in lossy)
+    assert all(sum(point.substituted) > 0 and point.kl.middle > 0 for point in lossy)
     assert all(point.increase.low <= point.increase.middle <= point.increase.high for point in lossy)
+    assert [point.share for point in profile.points if point.hard] == [pytest.approx(0.5, abs=0.01)]
     assert profile.proxy.rows > 0
 
 
@@ -86,6 +88,9 @@ def test_a_percentage_is_resolved_watched_and_named_in_the_mode_line(profiled: P
         found = llama.quality.stats(llama.virtual)
         assert found.tokens >= 32
         assert found.bias <= found.calibrated_bias
+        told = json.loads(json.dumps(describe_losses(llama.virtual, llama.quality), allow_nan=False))
+        assert told["quality"]["allowed"] == pytest.approx(0.9)
+        assert len(told["virtual"]["substituted_mass"]) == len(llama.catalog.layers)
     finally:
         llama.close()
 
@@ -137,7 +142,7 @@ def test_what_contradicts_a_quality_budget_is_refused(options: dict[str, object]
 
 
 def test_hard_mode_that_cannot_keep_the_percentage_is_refused_with_the_way_out(profiled: Path) -> None:
-    with pytest.raises(QualityBudgetError, match="hard mode"):
+    with pytest.raises(QualityBudgetError, match=r"In hard mode.*eave hard mode"):
         expertier(profiled, "50%", expert_quality_budget="0.001%", expert_virtual_hard="on")
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
+from typing import Any
 
 from expertier.catalog.types import Catalog
 from expertier.config import OffloadOptions
@@ -105,6 +106,23 @@ class QualityKeeper:
         if not virtual.hard:
             virtual.settings = replace(virtual.settings, protect=setting.protect)
             self._controller.covers(virtual, setting.bias)
+
+
+def describe_losses(virtual: VirtualExperts | None, keeper: QualityKeeper | None) -> dict[str, Any]:
+    """Put what stand-ins did and where the quality budget stands into plain data, ready for JSON.
+
+    Returns
+    -------
+    dict
+        ``virtual`` (:class:`expertier.virtual.VirtualStats`) and ``quality`` (:class:`QualityStats`), as far as there
+        are any; a bias of ``None`` is infinite.
+    """
+    if virtual is None:
+        return {}
+    found = {"virtual": asdict(virtual.stats())}
+    if keeper is not None:
+        found["quality"] = asdict(keeper.stats(virtual))
+    return {name: {**stats, "bias": None if virtual.hard else stats["bias"]} for name, stats in found.items()}
 
 
 def read_quality_budget(options: OffloadOptions, catalog: Catalog) -> tuple[OffloadOptions, QualityKeeper | None]:
