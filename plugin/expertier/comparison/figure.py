@@ -105,8 +105,10 @@ def draw_quality(axes: Axes, arms: Sequence[ArmSummary], colours: dict[str, str]
             arm.limit, (arm.tokens_per_second or 0.0, middle), xytext=(6, 4), textcoords="offset points", fontsize=8
         )
     axes.axhline(0, color=_FAINT, linewidth=0.8)
-    lowest = [100 * arm.quality.increase.low for arm in arms if arm.quality is not None]
-    axes.set_ylim(bottom=1.2 * min([0.0, *filter(math.isfinite, lowest)]))
+    found = [arm.quality.increase for arm in arms if arm.quality is not None]
+    ends = [100 * end for each in found for end in (each.low, each.middle, each.high) if math.isfinite(end)]
+    axes.set_ylim(1.2 * min(0.0, *ends) - 0.1, 1.2 * max(0.0, *ends) + 0.1)
+    axes.margins(x=0.15)
 
 
 def draw_substitution(axes: Axes, arms: Sequence[ArmSummary], colours: dict[str, str]) -> None:
