@@ -37,6 +37,7 @@ class QualityKeeper:
         self._total = 1
         self._at = -1
         self._uncovered = ""
+        self._told = False
 
     def attach(self, virtual: VirtualExperts, memory: Callable[[], int], total: int, *, definite: bool) -> None:
         """Begin to steer.
@@ -99,7 +100,8 @@ class QualityKeeper:
             setting = resolve(self.budget, self.profile, share)
             self._uncovered = ""
         except QualityBudgetError as error:
-            if virtual.hard or not self._uncovered:
+            if not self._told:  # budget "auto" is less while a prompt is computed, every time
+                self._told = True
                 logger.warning("%s", error)
             self._uncovered = error.problem
             setting = Setting(bias=0.0, protect=virtual.settings.protect, loads_per_token=0.0)
