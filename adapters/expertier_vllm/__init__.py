@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["register"]
+from typing import Any
+
+__all__ = ["RegroupingScheduler", "register"]
 
 
 def register() -> None:
@@ -14,3 +16,12 @@ def register() -> None:
     from expertier_vllm.compat import watch_configurations
 
     watch_configurations()
+
+
+def __getattr__(name: str) -> Any:
+    """Find ``--scheduler-cls expertier_vllm.RegroupingScheduler`` for the installed vLLM, where vLLM asks for it."""
+    if name == "RegroupingScheduler":
+        from expertier_vllm.compat import engine
+
+        return engine().regrouping_scheduler()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,6 +10,7 @@ from typing import Any, Final
 from expertier.budget import parse_budget
 from expertier.config import OffloadOptions
 from expertier.errors import UnsupportedOptionError
+from expertier.scheduling import BATCHERS
 
 KEY: Final = "expertier"
 """Key in ``--additional-config`` that turns Expertier on."""
@@ -26,10 +27,14 @@ class VllmOptions:
     budget_endpoint : bool
         Whether ``POST /expertier/budget`` changes the budget of a running server. Off unless asked for, because
         whoever reaches the server's port could use it.
+    scheduler : str or None
+        Who of the waiting requests joins: a key of :data:`expertier.scheduling.BATCHERS`. ``None`` is vLLM's order, or
+        ``greedy`` where ``--scheduler-cls`` names ``expertier_vllm.RegroupingScheduler``.
     """
 
     offload: OffloadOptions = field(default_factory=OffloadOptions)
     budget_endpoint: bool = False
+    scheduler: str | None = None
 
     @classmethod
     def from_additional_config(cls, additional: object) -> VllmOptions | None:
@@ -74,7 +79,15 @@ class VllmOptions:
         if offload.virtual_bias is not None or offload.virtual_hard == "on":
             raise UnsupportedOptionError("Virtual experts are not possible in vLLM yet.", "Use them with llama.cpp.")
         parse_budget(offload.budget, 1 << 60)  # a slip of the pen is told before any work
-        return cls(offload=offload, **{name: _flag(name, given[name]) for name in given if name in own})
+        return cls(offload=offload, **{name: _own(name, given[name]) for name in given if name in own})
+
+
+def _own(name: str, value: Any) -> Any:
+    if name != "scheduler":
+        return _flag(name, value)
+    if value is not None and value not in BATCHERS:
+        raise UnsupportedOptionError(f"scheduler={value!r} is not possible.", f"Choose from: {', '.join(BATCHERS)}.")
+    return value
 
 
 def _flag(name: str, value: Any) -> bool:

@@ -47,6 +47,7 @@ from expertier_vllm.loading import (
 )
 from expertier_vllm.options import VllmOptions
 from expertier_vllm.recording import StepRecording
+from expertier_vllm.route_log import RouteLog
 from expertier_vllm.stage import ExpertStage, layers_in_order
 
 logger = logging.getLogger("expertier")
@@ -116,6 +117,8 @@ class Runtime:
         The checkpoint, while it loads.
     failure : ExpertLoadError or None
         With workers in step: why this one's part of the forward pass is worthless. Whoever runs passes resets it.
+    route_log : RouteLog or None
+        Where the scheduler learns what requests use; see :meth:`log_routes`.
 
     Notes
     -----
@@ -136,6 +139,7 @@ class Runtime:
         self._catalog = build_catalog(self._layout)
         self.files = CheckpointFiles(self._layout, self._catalog)
         self.failure: ExpertLoadError | None = None
+        self.route_log: RouteLog | None = None
         self._looked = False
         self._pack: Pack | None = None
         self._asked: int | None = None
@@ -329,6 +333,16 @@ class Runtime:
         fitting = {layer: norm for layer, norm in norms.items() if norm.shape == (width,)}
         return Lookahead(gates=gates, norms=fitting, top_k=top_k)
 
+    def log_routes(self) -> None:
+        """Keep the routes of every step for the scheduler."""
+        stages = self._stages
+        self.route_log = RouteLog(
+            self.manager,
+            [stage.layer for stage in stages],
+            [stage.experts for stage in stages],
+            max(stage.top_k for stage in stages),
+        )
+
     # ---- budget
 
     def settle_budget(self, promised: int = 0) -> None:
@@ -484,6 +498,8 @@ class Runtime:
             self.manager.observe(stage.layer, routes)
             if self._recording is not None:
                 self._recording.layer(stage.layer, routes, weights, x)
+            if self.route_log is not None:
+                self.route_log.note(stage.position, routes)
         capacity = self.manager.budget // self._slot[stage.layer]
         if routes.size > capacity and len(np.unique(routes)) > capacity:
             return self._run_groups(stage, x, weights, ids, routes, capacity)

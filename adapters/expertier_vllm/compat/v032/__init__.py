@@ -6,11 +6,14 @@ from typing import Any, Final
 
 from expertier.errors import UnsupportedOptionError
 from expertier_vllm.board import publish
+from expertier_vllm.options import VllmOptions
 from expertier_vllm.refusals import ServerFacts, check_server
 
 _STOCK_WORKER: Final = "vllm.v1.worker.cpu_worker.CPUWorker"
 WORKER: Final = "expertier_vllm.compat.v032.worker.ExpertierWorker"
 SCHEDULER: Final = "expertier_vllm.compat.v032.scheduler.ExpertierScheduler"
+REGROUPING: Final = "expertier_vllm.RegroupingScheduler"
+"""What ``--scheduler-cls`` may name; :mod:`expertier_vllm` finds the class for the installed vLLM."""
 
 
 def take_over(config: Any) -> None:
@@ -34,9 +37,24 @@ def take_over(config: Any) -> None:
             f"--worker-cls {parallel.worker_cls} is not vLLM's own.", "Start without it, or without Expertier."
         )
     parallel.worker_cls = WORKER
-    if scheduler.scheduler_cls is None:
+    wanted = VllmOptions.from_additional_config(config.additional_config)
+    if wanted is not None and wanted.scheduler is not None:
+        if scheduler.scheduler_cls not in (None, SCHEDULER, REGROUPING):
+            raise UnsupportedOptionError(
+                f"scheduler={wanted.scheduler!r} and --scheduler-cls {scheduler.scheduler_cls} exclude each other.",
+                "Give one of the two.",
+            )
+        scheduler.scheduler_cls = REGROUPING
+    elif scheduler.scheduler_cls is None:
         scheduler.scheduler_cls = SCHEDULER
     publish(config.instance_id)
+
+
+def regrouping_scheduler() -> Any:
+    """Return the class that ``--scheduler-cls expertier_vllm.RegroupingScheduler`` means."""
+    from expertier_vllm.compat.v032.regrouping import RegroupingScheduler
+
+    return RegroupingScheduler
 
 
 def read_facts(config: Any) -> ServerFacts:

@@ -12,6 +12,9 @@ logger = logging.getLogger("vllm.expertier")
 PROBLEM: Final = "expertier_problem"
 """Attribute of a ``ModelRunnerOutput``, a plain dataclass that crosses processes by pickle: why the step failed."""
 
+ROUTES: Final = "expertier_routes"
+"""The same: a :class:`expertier_vllm.route_log.StepRoutes`, if the scheduler regroups requests."""
+
 
 class ExpertierScheduler(Scheduler):  # type: ignore[misc]
     """vLLM's scheduler, which ends the requests of a step whose experts could not be loaded.

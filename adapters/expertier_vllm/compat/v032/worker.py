@@ -27,8 +27,8 @@ from expertier.errors import ExpertierError, ExpertLoadError, UnsupportedOptionE
 from expertier.planning.memory import process_memory, reset_peak
 from expertier_vllm import refusals
 from expertier_vllm.board import Board, Reporter
-from expertier_vllm.compat.v032 import SCHEDULER
-from expertier_vllm.compat.v032.scheduler import PROBLEM
+from expertier_vllm.compat.v032 import REGROUPING, SCHEDULER
+from expertier_vllm.compat.v032.scheduler import PROBLEM, ROUTES
 from expertier_vllm.compat.v032.tokens import announce_tokens
 from expertier_vllm.experts import constructing, managed_class
 from expertier_vllm.options import VllmOptions
@@ -107,6 +107,8 @@ class ExpertierWorker(CPUWorker):  # type: ignore[misc]
         self._check_all_managed()
         self.expertier.finish_loading(_norms(self.get_model()))
         announce_tokens(self.model_runner, self.expertier.announce)
+        if self.vllm_config.scheduler_config.scheduler_cls == REGROUPING:
+            self.expertier.log_routes()
 
     def _facts(self) -> WorkerFacts:
         parallel = self.vllm_config.parallel_config
@@ -170,6 +172,7 @@ class ExpertierWorker(CPUWorker):  # type: ignore[misc]
         """
         workers = self.vllm_config.parallel_config.world_size
         self.expertier.failure = None
+        self._step_tokens = scheduler_output.total_num_scheduled_tokens
         try:
             output = super().execute_model(scheduler_output)
             if workers == 1 or not self._any_failed():
@@ -181,9 +184,17 @@ class ExpertierWorker(CPUWorker):  # type: ignore[misc]
                 logger.critical("%s", error)
                 raise SystemExit(1) from error
             problem = str(error)
-        if self.vllm_config.scheduler_config.scheduler_cls != SCHEDULER:
+        if self.vllm_config.scheduler_config.scheduler_cls not in (SCHEDULER, REGROUPING):
             raise ExpertLoadError(problem)  # another scheduler would take the step for a good one
         return _failed_step(scheduler_output, problem)
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        """Send the routes of the step along with its tokens; upstream: the second half of ``execute_model``."""
+        output = super().sample_tokens(grammar_output)
+        log = self.expertier.route_log
+        if log is not None and isinstance(output, ModelRunnerOutput):
+            setattr(output, ROUTES, log.take(self._step_tokens))
+        return output
 
     def _any_failed(self) -> bool:
         failed = torch.tensor([self.expertier.failure is not None], dtype=torch.int32)
