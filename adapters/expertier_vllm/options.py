@@ -85,7 +85,7 @@ class VllmOptions:
 def _own(name: str, value: Any) -> Any:
     if name != "scheduler":
         return _flag(name, value)
-    if value is not None and value not in BATCHERS:
+    if value is not None and not (isinstance(value, str) and value in BATCHERS):
         raise UnsupportedOptionError(f"scheduler={value!r} is not possible.", f"Choose from: {', '.join(BATCHERS)}.")
     return value
 

@@ -53,7 +53,7 @@ def test_a_key_like_nothing_known_is_refused_with_the_list() -> None:
     with pytest.raises(UnsupportedOptionError) as caught:
         VllmOptions.from_additional_config({"expertier": {"zzz": 1}})
     assert "Did you mean" not in str(caught.value)
-    assert "budget, budget_endpoint, half_life" in str(caught.value)
+    assert "budget, budget_endpoint, config, half_life" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -64,6 +64,8 @@ def test_a_key_like_nothing_known_is_refused_with_the_list() -> None:
         (["budget"], UnsupportedOptionError),
         ({"policy": "random"}, UnsupportedOptionError),
         ({"budget_endpoint": "yes"}, UnsupportedOptionError),
+        ({"scheduler": "best"}, UnsupportedOptionError),
+        ({"scheduler": ["greedy"]}, UnsupportedOptionError),
         ({"repack": "off"}, UnsupportedOptionError),
         ({"budget": "8 bananas"}, BudgetError),
         ({"budget": "101%"}, BudgetError),
@@ -93,3 +95,10 @@ expertier_vllm.register()
 assert "torch" not in sys.modules
 """
     subprocess.run([sys.executable, "-I", "-c", code], check=True, timeout=60)
+
+
+def test_the_scheduler_is_vllms_own_unless_asked() -> None:
+    plain = VllmOptions.from_additional_config({"expertier": {}})
+    asked = VllmOptions.from_additional_config({"expertier": {"scheduler": "greedy"}})
+    assert plain is not None and plain.scheduler is None
+    assert asked is not None and asked.scheduler == "greedy"

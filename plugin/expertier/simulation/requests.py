@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from expertier.errors import TraceTooShortError, UnsupportedOptionError
 from expertier.residency.base import IntArray
 from expertier.routing.trace import Trace
+from expertier.scheduling.arrivals import poisson_seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,5 +166,4 @@ def cut_requests(
 
 def poisson(requests: Sequence[RecordedRequest], rate: float, seed: int) -> Traffic:
     """Let requests arrive independently of each other, `rate` a second on average."""
-    gaps = np.random.default_rng(seed).exponential(1 / rate, len(requests))
-    return Traffic(requests=requests, seconds=np.cumsum(gaps))
+    return Traffic(requests=requests, seconds=poisson_seconds(len(requests), rate, seed))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
@@ -14,6 +13,7 @@ from expertier.residency.base import IntArray
 from expertier.residency.pool import PlannedRead
 from expertier.routing.trace_format import TraceLayer
 from expertier.scheduling import Admission, resident_experts
+from expertier.scheduling.arrivals import Arrivals
 from expertier.simulation.requests import RecordedRequest, Traffic
 from expertier.simulation.timing import Timing
 
@@ -142,32 +142,18 @@ def serve(
     width = max(layer.experts for layer in layers)
     stages = np.array([layer.stages for layer in layers])
     requests = traffic.requests
-    pending = deque(range(len(requests)))
+    arrivals = Arrivals(len(requests), seconds=traffic.seconds, clients=traffic.clients)
     arrived: dict[int, float] = {}
     first = np.zeros(len(requests))
     running: dict[int, _Active] = {}
     over = steps = decode_steps = decode_tokens = decode_loads = output = 0
     unique = 0
 
-    def arrivals() -> None:
-        while pending:
-            number = pending[0]
-            if traffic.seconds is not None:
-                if traffic.seconds[number] > now:
-                    return
-                at = float(traffic.seconds[number])
-            elif len(arrived) - over >= traffic.clients:
-                return
-            else:
-                at = now
-            pending.popleft()
-            arrived[number] = at
-            prompt = requests[number].tokens[: requests[number].prompt]
-            admission.arrive(number, prompt)
-
     try:
         while over < len(requests):
-            arrivals()
+            for number, at in arrivals.due(now, len(arrived) - over):
+                arrived[number] = at
+                admission.arrive(number, requests[number].tokens[: requests[number].prompt])
             room = batch - len(running)
             if room:
                 choice = len(arrived) - over - len(running) > room
@@ -177,8 +163,7 @@ def serve(
                     number = int(str(name))
                     running[number] = _Active(requests[number], number)
             if not running:
-                assert traffic.seconds is not None
-                now = float(traffic.seconds[pending[0]])
+                now = arrivals.next_at
                 continue
             left = step_tokens
             parts: list[tuple[_Active, int]] = []
