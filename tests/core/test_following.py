@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from expertier.routing.ahead import AheadLoader
 from expertier.routing.following import Follower
-from expertier.routing.gate import GainGate
+from expertier.routing.gate import Confidence, GainGate
 from expertier.routing.path_loads import PathLoads
 from expertier.routing.predictor import RoutedModel
 from expertier.routing.sequences import Span
@@ -149,7 +149,7 @@ def test_all_later_layers_are_loaded_nearest_first_within_the_bound(tmp_path: Pa
     chances[2, [0, 5]] = [0.7, 0.4]
     with engine_with(tmp_path, 12) as engine:  # type: ignore[attr-defined]
         engine.file.hold()
-        loads = PathLoads(engine.manager, (0, 1, 2), ahead=3)
+        loads = PathLoads(engine.manager, (0, 1, 2), confidence=Confidence(3, EXPERTS), ahead=3)
         assert loads.top_up(chances, 0, 1) == 3
         absent, under_way = engine.manager.outlook()
         assert under_way == 3

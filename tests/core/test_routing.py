@@ -238,7 +238,7 @@ def test_a_trial_alternates_blocks_with_and_without_prefetching() -> None:
     assert run_trial(gate, 12, 1.0, 1.0) == ([True] * 3 + [False] * 3) * 2
 
 
-@pytest.mark.parametrize(("without", "within", "winner"), [(1.0, 0.9, True), (1.0, 1.1, False), (1.0, 1.0, False)])
+@pytest.mark.parametrize(("without", "within", "winner"), [(1.0, 0.9, True), (1.0, 1.1, False), (1.0, 1.0, True)])
 def test_the_quicker_way_stays_until_the_next_trial(without: float, within: float, winner: bool) -> None:
     gate = GainGate(block=2, rounds=2, hold=7)
     run_trial(gate, 8, without, within)

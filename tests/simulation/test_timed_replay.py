@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from expertier.errors import UnsupportedOptionError
 from expertier.residency import POLICIES
 from expertier.simulation import Events, Timing, load_events, replay
-from expertier.simulation.prefetch import PREDICTORS, make_predictor, replay_timed
+from expertier.simulation.prefetch import PREDICTORS, oracle_loads, replay_timed
 from expertier.simulation.timing import step_times
 from support.traces import header, skewed_routes, write_trace
 
@@ -53,7 +53,7 @@ def test_prefetching_never_loads_less_than_needed_and_counts_every_need_once(nam
     events = make_events(150, stages=3)
     budget = int(share * events.header.total_bytes)
     timing = Timing(bandwidth=2e9, compute=0.02, latency=1e-4)
-    timed = replay_timed(events, "lfu", budget, timing, predictor=make_predictor(name, events))
+    timed = replay_timed(events, "lfu", budget, timing, loads=oracle_loads(name, events))
     assert timed.ready_hits + timed.late + timed.misses == len(events.set_experts)
     assert timed.prefetches_used <= timed.prefetches
     assert timed.seconds > timed.stall_seconds > 0
@@ -64,8 +64,8 @@ def test_knowing_the_next_layer_saves_time_and_guessing_badly_costs_bytes() -> N
     budget = int(0.3 * events.header.total_bytes)
     timing = Timing(bandwidth=2e9, compute=0.02)
     plain = replay_timed(events, "lfu", budget, timing)
-    known = replay_timed(events, "lfu", budget, timing, predictor=make_predictor("perfect", events))
-    guessed = replay_timed(events, "lfu", budget, timing, predictor=make_predictor("previous", events))
+    known = replay_timed(events, "lfu", budget, timing, loads=oracle_loads("perfect", events))
+    guessed = replay_timed(events, "lfu", budget, timing, loads=oracle_loads("previous", events))
     assert known.seconds < plain.seconds
     assert known.prefetches_used == known.prefetches > 0
     assert guessed.bytes_read > plain.bytes_read
@@ -76,7 +76,7 @@ def test_the_oracle_in_simulated_time_is_about_as_quick_as_the_row_in_every_tabl
     events = make_events(300, stages=3)
     budget = int(0.3 * events.header.total_bytes)
     timing = Timing(bandwidth=2e9, compute=0.02, latency=1e-4)
-    oracle = replay_timed(events, "lfu", budget, timing, predictor=make_predictor("perfect", events), ahead=8)
+    oracle = replay_timed(events, "lfu", budget, timing, loads=oracle_loads("perfect", events, ahead=8))
     times = step_times(events, replay(events, "lfu", budget), timing)
     assert oracle.seconds / oracle.steps == pytest.approx(times.one_layer, rel=0.05)
     assert times.one_layer < times.demand
@@ -84,4 +84,4 @@ def test_the_oracle_in_simulated_time_is_about_as_quick_as_the_row_in_every_tabl
 
 def test_a_predictor_is_known_by_name_or_refused() -> None:
     with pytest.raises(UnsupportedOptionError, match="Choose from: perfect"):
-        make_predictor("crystal ball", make_events(2))
+        oracle_loads("crystal ball", make_events(2))

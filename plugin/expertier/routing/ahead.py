@@ -16,10 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from expertier.routing.following import Follower
-from expertier.routing.gate import GainGate
+from expertier.routing.gate import Confidence, GainGate
 from expertier.routing.lookahead import Lookahead
-from expertier.routing.path_loads import LEAST_CHANCE, PathLoads
+from expertier.routing.path_loads import PathLoads
 from expertier.routing.predictor import Chances, Forecast, RoutePredictor
+from expertier.routing.prefetch_plan import LEAST_CHANCE
 from expertier.routing.sequences import Span
 
 _STREAM_FROM = 0.5  # share of a layer's experts in use from which the next layer is streamed whole
@@ -70,6 +71,8 @@ class AheadLoader:
         Most experts loading ahead of need during decode of one token, for the next layer.
     path_ahead : int
         The same for all later layers together, with a predictor.
+    clock : callable
+        Gives the seconds by which the gate measures.
     last_is_narrow : bool
         Whether the engine runs a prompt's last layer for the rows with output only, until steps show otherwise.
     """
@@ -85,8 +88,10 @@ class AheadLoader:
         listener: Callable[[Forecast], None] | None = None,
         ahead: int = 2,
         path_ahead: int = 8,
+        clock: Callable[[], float] = time.perf_counter,
         last_is_narrow: bool = False,
     ) -> None:
+        self._clock = clock
         self._manager = manager
         self._experts = dict(experts)
         self._next = dict(itertools.pairwise(sorted(experts)))
@@ -96,7 +101,8 @@ class AheadLoader:
         self._follower = Follower(predictor) if predictor is not None else None
         self._listener = listener
         self._position = {layer: position for position, layer in enumerate(sorted(experts))}
-        self._path = PathLoads(manager, sorted(experts), ahead=path_ahead)
+        self.confidence = Confidence(len(experts), max(experts.values()))
+        self._path = PathLoads(manager, sorted(experts), confidence=self.confidence, ahead=path_ahead)
         self._predicted = False  # whether the running step's path was predicted
         self._tokens = 0
         self._last_is_narrow = last_is_narrow
@@ -177,9 +183,10 @@ class AheadLoader:
             self._lookahead.learn(layer, routes)
         if self._predicted and self._follower is not None:
             self._follower.observe(layer, routes)
+            self.confidence.settle(self._position[layer], routes)
         if following is None:
             self._predicted = False
-            now = time.perf_counter()
+            now = self._clock()
             if self._last_step is not None:
                 self.gate.step(now - self._last_step)
             self._last_step = now
@@ -188,7 +195,7 @@ class AheadLoader:
             return
         if self._predicted and (refined := self._refined()) is not None:
             self._path.top_up(refined, self._position[layer] + 1, len(routes))
-        elif self._lookahead is not None:
+        if self._lookahead is not None:  # the next layer's own gate knows some that the path does not
             self._look_ahead(layer, following, routes, gate_input)
 
     def _refined(self) -> Chances | None:

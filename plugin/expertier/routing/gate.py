@@ -1,9 +1,62 @@
-"""A feature that loses turns itself off: prefetching stays only while steps with it are quicker than without."""
+"""A feature that loses turns itself off: loads ahead must come true, and steps with them must be quicker than without.
+
+Two judges, because they see different things. :class:`Confidence` sees at once, layer by layer, whether what was loaded
+ahead was used, and makes the prefetch wider or narrower. :class:`GainGate` sees what no count tells: whether steps
+take longer, for whatever reason.
+"""
 
 from __future__ import annotations
 
 from statistics import median
 from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+_TIE = 1.005  # so much slower is no loss: medians of a few steps differ by more
+_MEMORY = 0.995  # weight of the past in a layer's record, by step
+_BENEFIT = 2.0  # loads' worth of doubt a layer is given the benefit of
+_WIDEST = 1.25  # a predictor that is too modest is believed so much more
+
+
+class Confidence:
+    """Holds the chances by which experts were loaded ahead against how often they were used, layer by layer.
+
+    Only absent experts count, because only they are loaded: a predictor can be right in general and wrong about them.
+
+    Parameters
+    ----------
+    layers, experts : int
+        Layers with routed experts, and the most experts of one.
+
+    Notes
+    -----
+    Records fade, so a layer that was turned off is tried again after some hundred steps, with a load or two.
+    """
+
+    def __init__(self, layers: int, experts: int) -> None:
+        self._pending = np.zeros((layers, experts), np.float64)
+        self._claimed = np.zeros(layers)
+        self._used = np.zeros(layers)
+
+    def factor(self, first: int = 0) -> NDArray[np.float64]:
+        """By what the chances of each layer from `first` on are to be multiplied, shape ``(layers - first, 1)``."""
+        ratio = (self._used[first:] + _BENEFIT) / (self._claimed[first:] + _BENEFIT)
+        return np.minimum(ratio, _WIDEST)[:, None]
+
+    def begun(self, layer: int, experts: NDArray[np.int64], chances: NDArray[np.float64]) -> None:
+        """Note loads ahead for the layer at a position, by the chances the predictor gave."""
+        self._pending[layer, experts] = chances
+
+    def settle(self, layer: int, routes: NDArray[np.int64]) -> None:
+        """The router of the layer at a position has chosen: hold it against what was loaded for it."""
+        pending = self._pending[layer]
+        claimed = float(pending.sum())
+        self._claimed[layer] = _MEMORY * self._claimed[layer] + claimed
+        self._used[layer] *= _MEMORY
+        if claimed:
+            self._used[layer] += np.count_nonzero(pending[np.unique(routes)])
+            pending[:] = 0.0
 
 
 class GainGate:
@@ -55,6 +108,6 @@ class GainGate:
         self._trial[self.open].append(seconds)
         without, within = self._trial
         if len(without) + len(within) == 2 * self._rounds * self._block:
-            self._winner = median(within) < median(without)
+            self._winner = median(within) <= _TIE * median(without)
             self._left = self._hold
             self._trial = ([], [])

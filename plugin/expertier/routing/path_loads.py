@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from expertier.routing.gate import Confidence
 from expertier.routing.predictor import Chances
-
-LEAST_CHANCE: Final = 0.5
-"""Below it a load ahead more often takes a slot and device time than it saves a wait."""
+from expertier.routing.prefetch_plan import plan_loads
 
 
 class Loader(Protocol):
@@ -40,16 +39,19 @@ class PathLoads:
         The offload manager.
     layers : sequence of int
         Indices of the layers with routed experts, ascending.
+    confidence : Confidence
+        How far chances are to be believed; told of all loads.
     ahead : int
         Most loads under way for each token of a step.
 
     Notes
     -----
-    The next layers come first, because their experts are needed first, and within a layer the likeliest. Few loads are
-    queued at a time: demand overtakes them anyway, but what a later router contradicts should not have been begun.
+    Few loads are queued at a time: demand overtakes them anyway, but what a later router contradicts should not have
+    been begun.
     """
 
-    def __init__(self, manager: Loader, layers: Sequence[int], *, ahead: int) -> None:
+    def __init__(self, manager: Loader, layers: Sequence[int], *, confidence: Confidence, ahead: int) -> None:
+        self._confidence = confidence
         self._manager = manager
         self._layers = tuple(layers)
         self._ahead = ahead
@@ -75,16 +77,14 @@ class PathLoads:
         most = self._ahead * tokens
         if under_way >= most:
             return 0
-        rows, experts = np.nonzero(absent[first:] & (chances[first:] >= LEAST_CHANCE))
-        if not rows.size:
-            return 0
-        rows += first
-        likely = chances[rows, experts]
-        order = np.lexsort((-likely, rows))[: most - under_way]
-        rows, experts, likely = rows[order], experts[order], likely[order]
+        believed = chances[first:] * self._confidence.factor(first)
+        rows, experts = plan_loads(believed, absent[first:], most=most - under_way)
         begun = 0
         cuts = np.flatnonzero(np.diff(rows)) + 1
         for start, stop in zip([0, *cuts.tolist()], [*cuts.tolist(), len(rows)], strict=True):
-            layer = self._layers[rows[start]]
-            begun += self._manager.prefetch(layer, experts[start:stop], likely[start:stop].astype(float), limit=most)
+            if start == stop:
+                break
+            row, chosen = int(rows[start]), experts[start:stop]
+            begun += self._manager.prefetch(self._layers[first + row], chosen, believed[row, chosen], limit=most)
+            self._confidence.begun(first + row, chosen, chances[first + row, chosen])
         return begun

@@ -37,6 +37,14 @@ class Events:
         Where each event's working set begins in `set_experts`.
     set_experts : ndarray of int64
         Experts numbered over all layers, ascending and each once within an event.
+    requests, positions : ndarray of int64, shape (tokens,)
+        Request of every token of every step, and its place in it, -1 if unknown.
+    token_ids : ndarray of int64, shape (tokens,), or None
+        The tokens, if the trace has them.
+    hidden_event : ndarray of int64, shape (samples,)
+        Events of which the router's input was recorded; only those of one row.
+    hidden : ndarray of float16, shape (samples, hidden)
+        The inputs.
     """
 
     header: TraceHeader
@@ -48,6 +56,11 @@ class Events:
     route_experts: IntArray
     set_starts: IntArray
     set_experts: IntArray
+    requests: IntArray
+    positions: IntArray
+    token_ids: IntArray | None
+    hidden_event: IntArray
+    hidden: NDArray[np.float16]
 
     def __len__(self) -> int:
         return len(self.step)
@@ -65,6 +78,19 @@ class Events:
     def step_starts(self) -> IntArray:
         """First event of every step, and the end, shape ``(steps + 1,)``."""
         return np.searchsorted(self.step, np.arange(len(self.phase) + 1))
+
+    @cached_property
+    def token_starts(self) -> IntArray:
+        """First token of every step, and the end, shape ``(steps + 1,)``."""
+        return np.concatenate([[0], np.cumsum(self.tokens)]).astype(np.int64)
+
+    def router_input(self, event: int) -> NDArray[np.float16] | None:
+        """What the router of an event saw, shape ``(hidden,)``, if it was recorded."""
+        place = int(np.searchsorted(self.hidden_event, event))
+        if place < len(self.hidden_event) and self.hidden_event[place] == event:
+            sample: NDArray[np.float16] = self.hidden[place]
+            return sample
+        return None
 
     @cached_property
     def decode(self) -> NDArray[np.bool_]:
@@ -145,10 +171,23 @@ def load_events(trace: Trace, *, most_tokens: int | None = None, seen: Callable[
     """
     header = trace.header
     columns: dict[str, list[NDArray[Any]]] = {
-        name: [] for name in ("phase", "tokens", "step", "layer", "size", "routes")
+        name: []
+        for name in (
+            "phase",
+            "tokens",
+            "step",
+            "layer",
+            "size",
+            "routes",
+            "request",
+            "position",
+            "hidden_event",
+            "hidden",
+        )
     }
+    ids: list[NDArray[Any]] | None = [] if header.tokens else None
     top_k = np.array([layer.top_k for layer in header.layers])
-    steps = tokens = 0
+    steps = tokens = events = 0
     full = False
     for block in trace.blocks():
         if full:
@@ -166,14 +205,26 @@ def load_events(trace: Trace, *, most_tokens: int | None = None, seen: Callable[
         columns["routes"].append(
             block.experts[: block.call_starts[int((block.call_step < keep).sum())]].astype(np.int64)
         )
+        count = int(block.step_tokens[:keep].sum())
+        columns["request"].append(block.request[:count].astype(np.int64))
+        columns["position"].append(block.position[:count].astype(np.int64))
+        if ids is not None and block.token_id is not None:
+            ids.append(block.token_id[:count].astype(np.int64))
+        rows = np.flatnonzero(np.isin(block.hidden_call, calls) & (block.call_rows[block.hidden_call] == 1))
+        columns["hidden_event"].append(np.searchsorted(calls, block.hidden_call[rows]) + events)
+        columns["hidden"].append(block.hidden[rows])
         steps += keep
-        tokens += int(block.step_tokens[:keep].sum())
+        tokens += count
+        events += len(calls)
         if seen is not None:
             seen(int(block.step_tokens.sum()))
         full = keep < len(block.phase)
     if tokens < 2:
         held = "a single token" if tokens else "no token"
         raise TraceTooShortError(f"{trace.path} holds {held}, at least two are needed.", "Record more text.")
+    columns["hidden"] = [part for part in columns["hidden"] if part.size] or columns["hidden"][
+        :1
+    ]  # others have no width
     joined = {name: np.concatenate(parts) for name, parts in columns.items()}
     if not (joined["phase"] != PREFILL).any() or not len(joined["step"]):
         raise TraceTooShortError(f"{trace.path} has no decoded token with routes.", "Record more text.")
@@ -192,6 +243,11 @@ def load_events(trace: Trace, *, most_tokens: int | None = None, seen: Callable[
         route_experts=joined["routes"],
         set_starts=np.searchsorted(keys, np.arange(len(joined["step"]) + 1) * total),
         set_experts=keys % total,
+        requests=joined["request"],
+        positions=joined["position"],
+        token_ids=np.concatenate(ids) if ids else None,
+        hidden_event=joined["hidden_event"],
+        hidden=joined["hidden"],
     )
 
 

@@ -4,32 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import numpy as np
-from numpy.typing import NDArray
 
 from expertier.errors import UnsupportedOptionError
 from expertier.manager import ManagerConfig, OffloadManager
-from expertier.residency.base import IntArray
 from expertier.residency.pool import PlannedRead
 from expertier.routing.trace_format import PREFILL
 from expertier.simulation.disk import OneThread, SimulatedDisk
 from expertier.simulation.events import Events
+from expertier.simulation.loads import Candidates, Oracle, OracleLoads, StepLoads
 from expertier.simulation.timing import Timing
-
-Candidates = tuple[int, IntArray, "NDArray[np.float64] | None"]
-"""A later layer of this step, its likely experts, likeliest first, and the chance of each (``None``: certain)."""
-
-
-class Predictor(Protocol):
-    """Says what will be needed. It may look at everything up to the present event, and oracles beyond it."""
-
-    def begin_step(self, step: int) -> Iterable[Candidates]:
-        """Return candidates before the first layer of a step runs."""
-
-    def after_router(self, event: int) -> Iterable[Candidates]:
-        """Return candidates when the router of an event has chosen."""
 
 
 class PerfectAhead:
@@ -38,9 +24,6 @@ class PerfectAhead:
     def __init__(self, events: Events, layers: int = 1) -> None:
         self._events = events
         self._layers = layers
-
-    def begin_step(self, step: int) -> Iterable[Candidates]:
-        return ()
 
     def after_router(self, event: int) -> Iterable[Candidates]:
         events = self._events
@@ -57,9 +40,6 @@ class PreviousToken:
         self._events = events
         self._last: dict[int, int] = {}  # place of a layer to its last event
 
-    def begin_step(self, step: int) -> Iterable[Candidates]:
-        return ()
-
     def after_router(self, event: int) -> Iterable[Candidates]:
         place = int(self._events.layer[event])
         self._last[place] = event
@@ -70,24 +50,11 @@ class PreviousToken:
         yield self._events.header.layers[place + 1].layer, experts, np.full(len(experts), 0.5)
 
 
-PREDICTORS: dict[str, Callable[[Events], Predictor]] = {
+PREDICTORS: dict[str, Callable[[Events], Oracle]] = {
     "perfect": PerfectAhead,
     "perfect4": lambda events: PerfectAhead(events, 4),
     "previous": PreviousToken,
 }
-
-
-def make_predictor(name: str, events: Events) -> Predictor:
-    """Build the predictor called `name`.
-
-    Raises
-    ------
-    UnsupportedOptionError
-        There is none of that name.
-    """
-    if name not in PREDICTORS:
-        raise UnsupportedOptionError(f"There is no predictor {name!r}.", f"Choose from: {', '.join(PREDICTORS)}.")
-    return PREDICTORS[name](events)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +69,8 @@ class TimedReplay:
         Bytes of all loads, given-up ones as far as they got.
     prefetches, prefetches_used : int
         Loads begun ahead of need, and those needed afterwards; prompts included.
+    ahead : int
+        Experts of decode steps that were loaded ahead, or being loaded, when first needed.
     seconds, stall_seconds : float
         Decode steps altogether, and the part spent waiting.
     steps, tokens : int
@@ -114,6 +83,7 @@ class TimedReplay:
     bytes_read: int
     prefetches: int
     prefetches_used: int
+    ahead: int
     seconds: float
     stall_seconds: float
     steps: int
@@ -124,7 +94,14 @@ class SimulatedManager(OffloadManager):
     """The offload manager with a simulated device below it. One thread, simulated time."""
 
     def __init__(
-        self, events: Events, budget: int, timing: Timing, *, policy: str, half_life: float | None = None
+        self,
+        events: Events,
+        budget: int,
+        timing: Timing,
+        *,
+        policy: str,
+        half_life: float | None = None,
+        fill: bool = False,
     ) -> None:
         layers = events.header.layers
         super().__init__(
@@ -132,12 +109,35 @@ class SimulatedManager(OffloadManager):
             top_k={layer.layer: layer.top_k for layer in layers},
             pool=_PlanningPool(events),
             budget=budget,
-            config=ManagerConfig(policy=policy, half_life=half_life, io_threads=1),
+            config=ManagerConfig(policy=policy, half_life=half_life, io_threads=1, fill=fill),
         )
         self._io.close()
         self.disk = SimulatedDisk(self._on_done, bandwidth=timing.bandwidth, latency=timing.latency)
         self._io = cast(Any, self.disk)
         self._lock = cast(Any, OneThread(self.disk))
+
+    @property
+    def prefetches_used(self) -> int:
+        """Loads ahead of need that were needed so far."""
+        return self._stats.prefetches_used
+
+
+LoadsOn = Callable[[SimulatedManager], StepLoads]
+"""Makes of a manager what loads ahead on it."""
+
+
+def oracle_loads(name: str, events: Events, *, ahead: int = 2) -> LoadsOn:
+    """Load what the oracle or control called `name` says, with at most `ahead` loads under way.
+
+    Raises
+    ------
+    UnsupportedOptionError
+        There is none of that name.
+    """
+    if name not in PREDICTORS:
+        raise UnsupportedOptionError(f"There is no predictor {name!r}.", f"Choose from: {', '.join(PREDICTORS)}.")
+    oracle = PREDICTORS[name](events)
+    return lambda manager: OracleLoads(manager, oracle, ahead=ahead)
 
 
 class _PlanningPool:
@@ -182,8 +182,8 @@ def replay_timed(
     timing: Timing,
     *,
     half_life: float | None = None,
-    predictor: Predictor | None = None,
-    ahead: int = 2,
+    loads: LoadsOn | None = None,
+    fill: bool = False,
     seen: Callable[[int], None] | None = None,
 ) -> TimedReplay:
     """Replay a trace in simulated time.
@@ -194,10 +194,10 @@ def replay_timed(
         As for :func:`expertier.simulation.replay.replay`.
     timing : Timing
         Speeds.
-    predictor : Predictor, optional
-        Names experts to load ahead.
-    ahead : int
-        Most loads under way ahead of need.
+    loads : callable, optional
+        Makes of the manager what loads ahead on it.
+    fill : bool
+        Whether free room fills itself, as in :class:`expertier.manager.ManagerConfig`.
 
     Raises
     ------
@@ -205,25 +205,23 @@ def replay_timed(
         Some working set does not fit.
     """
     events.check_budget(budget)
-    manager = SimulatedManager(events, budget, timing, policy=policy, half_life=half_life)
+    manager = SimulatedManager(events, budget, timing, policy=policy, half_life=half_life, fill=fill)
+    ahead = None if loads is None else loads(manager)
     disk = manager.disk
     layers = events.header.layers
     places, starts = events.layer.tolist(), events.step_starts.tolist()
     compute = timing.layer_compute(events)
     head, tail = compute * (1 - timing.expert_share), compute * timing.expert_share
     seconds = stall = 0.0
-    read = 0
-
-    def prefetch(candidates: Iterable[Candidates]) -> None:
-        for layer, experts, chances in candidates:
-            manager.prefetch(layer, experts, chances, limit=ahead)
+    read = used = 0
 
     for step, (tokens, phase) in enumerate(zip(events.tokens.tolist(), events.phase.tolist(), strict=True)):
         begun, begun_read = disk.now, disk.bytes_read
         waited = 0.0
+        begun_used = manager.prefetches_used
+        if ahead is not None:
+            ahead.begin_step(step)
         manager.begin_step(tokens, "prefill" if phase == PREFILL else "decode")
-        if predictor is not None:
-            prefetch(predictor.begin_step(step))
         for event in range(starts[step], starts[step + 1]):
             layer = layers[places[event]]
             routes = events.routes(event)
@@ -233,8 +231,8 @@ def replay_timed(
                 own = routes if len(routes) == 1 else np.unique(routes)
                 disk.advance(timing.load_cost * int((~manager.resident(layer.layer)[own]).sum()))
             with manager.acquire(layer.layer, routes, wait=False) as lease:
-                if predictor is not None:
-                    prefetch(predictor.after_router(event))
+                if ahead is not None:
+                    ahead.after_router(event)
                 for stage in range(layer.stages):
                     before = disk.now
                     lease.wait(stage)
@@ -245,6 +243,7 @@ def replay_timed(
             seconds += disk.now - begun
             stall += waited
             read += disk.bytes_read - begun_read
+            used += manager.prefetches_used - begun_used
         if seen is not None and step % 256 == 0:
             seen(step)
     stats = manager.stats()
@@ -255,6 +254,7 @@ def replay_timed(
         bytes_read=read,
         prefetches=stats.prefetches,
         prefetches_used=stats.prefetches_used,
+        ahead=used,
         seconds=seconds,
         stall_seconds=stall,
         steps=stats.decode.steps,

@@ -17,7 +17,7 @@ from expertier.residency import POLICIES, WITH_HALF_LIFE
 from expertier.routing.trace import Trace
 from expertier.simulation.belady import belady
 from expertier.simulation.events import Events, load_events
-from expertier.simulation.prefetch import PREDICTORS, make_predictor, replay_timed
+from expertier.simulation.prefetch import PREDICTORS, oracle_loads, replay_timed
 from expertier.simulation.replay import replay
 from expertier.simulation.result import Replay
 from expertier.simulation.timing import StepTimes, Timing, step_times
@@ -184,7 +184,7 @@ def run_arm(events: Events, arm: Arm, timing: Timing | None, seen: Callable[[int
             arm.budget,
             timing,
             half_life=arm.half_life,
-            predictor=make_predictor(arm.predictor, events),
+            loads=oracle_loads(arm.predictor, events),
             seen=seen,
         )
         requests = timed.ready_hits + timed.late + timed.misses
