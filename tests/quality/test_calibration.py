@@ -16,6 +16,7 @@ from expertier.errors import QualityBudgetError, QualityProfileError
 from expertier.quality import Reference, samples
 from expertier.quality.budget import QualityBudget, check_hard, parse_quality_budget, resolve
 from expertier.quality.calibration import CalibrationPlan, calibrate, check_texts, next_bias
+from expertier.quality.planning import BudgetedQuality
 from expertier.quality.profile import Point, QualityProfile, find_profile, merged, profile_paths
 from expertier.quality.proxy import Proxy, fit
 from expertier.quality.statistics import Interval
@@ -130,6 +131,15 @@ def test_between_two_memory_budgets_the_stricter_one_decides() -> None:
     assert resolve(ONE_PERCENT, profile_of(*quarter, *half), 0.3).bias == pytest.approx(0.1)
     assert resolve(ONE_PERCENT, profile_of(*quarter, *half), 0.25).bias == pytest.approx(0.4)
     assert resolve(ONE_PERCENT, profile_of(*quarter, *half), 0.9).bias == pytest.approx(0.1)
+
+
+def test_the_planner_is_told_what_serving_would_use() -> None:
+    profile = profile_of(point(0.0, 0.0, 10.0), point(0.2, 0.02, 4.0))
+    [setting] = BudgetedQuality(budget=ONE_PERCENT, profile=profile).settings(0.25)
+    assert setting.bias == pytest.approx(0.1)
+    assert setting.loads_ratio == pytest.approx(0.7)
+    assert setting.perplexity_rise == pytest.approx(0.005)
+    assert BudgetedQuality(budget=ONE_PERCENT, profile=profile).settings(0.1) == ()
 
 
 def test_less_memory_than_was_measured_is_refused_with_the_command() -> None:

@@ -30,6 +30,7 @@ from expertier.planning.plan import Plan, make_plan
 from expertier.planning.planner import TradeOff, trade_off
 from expertier.planning.profile import RoutingProfile, read_profile
 from expertier.planning.speed import EngineSpeed, read_speed
+from expertier.quality.planning import plan_quality
 from expertier.routing import read_trace
 from expertier.simulation import load_events
 from expertier.simulation.demand import summarise
@@ -65,6 +66,7 @@ def plan(request: PlanRequest) -> None:
     limits = memory_limits()
     # Refuse before measuring: nobody wants to wait for a refusal.
     result = make_plan(catalog, options.budget, limits=limits, margin=options.margin, n_ubatch=n_ubatch)
+    quality = plan_quality(options, catalog)
     routes = find_routes(catalog, request.routes)
     if request.measure:
         with Status("measuring the storage", console=Console(stderr=True)):
@@ -85,6 +87,8 @@ def plan(request: PlanRequest) -> None:
             smallest=min(profile.smallest_bytes, catalog.smallest_budget()),
             largest=limits[0].left - catalog.other_bytes,
             speed=speed,
+            quality=quality,
+            most_rise=0.0 if quality is None else quality.budget.value,
         )
         out = prepare_folder(request.out, "plans", RECORD)
         draw_trade_off(found, catalog.path.stem, out / FIGURE)

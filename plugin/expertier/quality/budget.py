@@ -76,13 +76,17 @@ class Setting:
         Share of the router's range of scores that residency is worth.
     protect : int
         First experts of a token that are never replaced.
-    loads_per_token : float
-        What was measured there, interpolated.
+    loads_per_token, increase : float
+        What was measured there, interpolated: loads, and the expected relative increase of the perplexity.
+    exact_loads_per_token : float
+        At bias 0 with the same memory.
     """
 
     bias: float
     protect: int
     loads_per_token: float
+    increase: float = 0.0
+    exact_loads_per_token: float = 0.0
 
 
 def resolve(budget: QualityBudget, profile: QualityProfile, share: float) -> Setting:
@@ -124,8 +128,18 @@ def resolve(budget: QualityBudget, profile: QualityProfile, share: float) -> Set
         if not all(curves):
             continue
         bias = min(_largest_bias(curve, budget.value) for curve in curves)
-        biases, loads = [point.bias for point in curves[0]], [point.loads_per_token for point in curves[0]]
-        found.append(Setting(bias=bias, protect=protect, loads_per_token=float(np.interp(bias, biases, loads))))
+        biases = [point.bias for point in curves[0]]
+        loads = [point.loads_per_token for point in curves[0]]
+        increases = [max(0.0, point.increase.middle) for point in curves[0]]
+        found.append(
+            Setting(
+                bias=bias,
+                protect=protect,
+                loads_per_token=float(np.interp(bias, biases, loads)),
+                increase=float(np.interp(bias, biases, increases)),
+                exact_loads_per_token=loads[0],
+            )
+        )
     return min(found, key=lambda setting: (setting.loads_per_token, setting.bias))
 
 
