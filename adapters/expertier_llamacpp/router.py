@@ -19,8 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from expertier.errors import UnsupportedModelError
-from expertier.virtual import as_logits
-from expertier.virtual.selection import Scale
 from expertier_llamacpp import ggml
 
 ARCHITECTURES: Final = frozenset({"qwen3moe", "olmoe", "llama", "qwen2moe", "deepseek2", "gpt-oss", "hy_v3"})
@@ -35,10 +33,9 @@ Scores = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class _Source:
-    """Where scores lie and what they are; probabilities of 0 mean that the weights are a softmax of chosen scores."""
+    """Where scores lie; probabilities of 0 mean that scores are logits and the weights a softmax of the chosen ones."""
 
     scores: int
-    scale: Scale
     probabilities: int
 
 
@@ -67,9 +64,10 @@ class RouterScores:
         Returns
         -------
         scores : ndarray of float32, shape (tokens, experts)
-            Comparable by difference; ``-inf`` for experts of closed groups. Valid until the graph goes on.
+            On the scale of gate weights, a correction included; ``-inf`` for experts of closed groups. Valid until the
+            graph goes on.
         weights : ndarray of float32, shape (tokens, top_k)
-            Before any renormalisation over the chosen.
+            Without a correction, before any renormalisation over the chosen.
 
         Raises
         ------
@@ -77,13 +75,12 @@ class RouterScores:
             When the graph is not as it is for the verified architectures.
         """
         source = self._find(node)
-        scores = as_logits(_table(source.scores, len(routes)), source.scale)
-        if source.probabilities:
-            weights = np.take_along_axis(_table(source.probabilities, len(routes)), routes, axis=1)
-        else:
-            chosen = np.take_along_axis(scores, routes, axis=1)
-            weights = np.exp(chosen - chosen.max(axis=1, keepdims=True))
-        return scores, weights
+        scores = probabilities = _table(source.scores, len(routes))
+        if not source.probabilities:
+            scores = probabilities = np.exp(scores - scores.max(axis=1, keepdims=True))
+        elif source.probabilities != source.scores:
+            probabilities = _table(source.probabilities, len(routes))
+        return scores, probabilities[np.arange(len(routes))[:, None], routes]
 
     def _find(self, node: int) -> _Source:
         ids = ggml.Tensor.from_address(node)
@@ -96,25 +93,22 @@ class RouterScores:
             if tensor.op in self._through:
                 address = tensor.src[0]
                 continue
-            kind = self._probability(tensor)
-            if kind is not None:
-                return _Source(scores, kind, address)
+            if self._gives_probabilities(tensor):
+                return _Source(scores, address)
             if tensor.op == self._add:
-                if self._probability(ggml.Tensor.from_address(tensor.src[0])) is not None:
-                    return _Source(scores, "logits", tensor.src[0])  # ranked with a correction: as they are
-                if ggml.Tensor.from_address(tensor.src[0]).op == self._mul_mat:
-                    return _Source(scores, "logits", 0)
+                before = ggml.Tensor.from_address(tensor.src[0])
+                if self._gives_probabilities(before):
+                    return _Source(scores, tensor.src[0])  # ranked with a correction
+                if before.op == self._mul_mat:
+                    return _Source(scores, 0)
             if tensor.op == self._mul_mat:
-                return _Source(scores, "logits", 0)
+                return _Source(scores, 0)
             break
         raise _unknown("its scores are computed in an unknown way")
 
-    def _probability(self, tensor: ggml.Tensor) -> Scale | None:
-        if tensor.op == self._softmax:
-            return "softmax"
-        if tensor.op == self._unary and tensor.op_params[0] == _SIGMOID:
-            return "sigmoid"
-        return None
+    def _gives_probabilities(self, tensor: ggml.Tensor) -> bool:
+        sigmoid = tensor.op == self._unary and tensor.op_params[0] == _SIGMOID
+        return bool(tensor.op == self._softmax or sigmoid)
 
 
 def write_ids(node: int, ids: NDArray[np.int64]) -> None:

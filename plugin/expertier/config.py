@@ -58,8 +58,8 @@ class OffloadOptions:
     )
     virtual_bias: float | None = _option(
         None,
-        "Lossy: resident experts stand in for absent ones; this share of the router's range of scores is what "
-        "residency is worth (0.1 is mild, 0.4 strong).",
+        "Lossy: resident experts stand in for absent ones; this share of a token's gate weight is the most that one "
+        "may lose (0.05 is mild, 0.2 strong).",
         zero=True,
     )
     virtual_protect: int | None = _option(None, "So many of a token's first experts are never stood in for.")

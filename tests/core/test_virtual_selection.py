@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from expertier.errors import RouterScoresError, VirtualExpertsError
-from expertier.virtual import VirtualExperts, VirtualSettings, as_logits, choose, close_groups, top_experts
+from expertier.virtual import VirtualExperts, VirtualSettings, choose, close_groups, top_experts
 
 Case = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]
 
@@ -22,7 +22,7 @@ def cases(draw: st.DrawFn, *, enough: bool = False) -> Case:
     tokens, experts = draw(st.integers(1, 5)), draw(st.integers(2, 24))
     top_k = draw(st.integers(1, min(8, experts)))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
-    scores = rng.integers(-4, 5, (tokens, experts)) * np.float32(draw(st.sampled_from([0.0, 0.25, 3.7])))
+    scores = rng.integers(0, 9, (tokens, experts)) * np.float32(draw(st.sampled_from([0.0, 0.25, 3.7])))
     resident = rng.random(experts) < draw(st.sampled_from([0.0, 0.3, 0.7, 1.0]))
     if enough:
         resident[rng.permutation(experts)[:top_k]] = True
@@ -32,12 +32,19 @@ def cases(draw: st.DrawFn, *, enough: bool = False) -> Case:
     return scores, resident, top_experts(scores, top_k)
 
 
+def weights_of(scores: Any, routes: Any) -> Any:
+    return np.take_along_axis(scores, routes, axis=1)
+
+
+def pick(scores: Any, resident: Any, routes: Any, **settings: Any) -> Any:
+    return choose(scores, resident, routes, weights_of(scores, routes), **settings)
+
+
 def by_definition(scores: Any, resident: Any, routes: Any, bias: float, protect: int) -> list[set[int]]:
     """The top-k of raised scores, one token and one expert at a time; ties go to the router's choice."""
     chosen = []
     for row, true in zip(scores.astype(np.float64), routes.tolist(), strict=True):
-        finite = row[np.isfinite(row)]
-        lift = bias * (finite.max() - finite.min())
+        lift = bias * row[true].sum()
         raised = {expert: row[expert] + (lift if resident[expert] else 0.0) for expert in range(len(row))}
         raised.update(dict.fromkeys(true[:protect], math.inf))
         order = sorted(raised, key=lambda expert: (-raised[expert], expert not in true, -row[expert], expert))
@@ -48,7 +55,7 @@ def by_definition(scores: Any, resident: Any, routes: Any, bias: float, protect:
 @given(cases(), st.sampled_from([0.03, 0.3, 1.0, 5.0]), st.integers(0, 3))
 def test_a_choice_is_the_top_k_of_raised_scores(case: Case, bias: float, protect: int) -> None:
     scores, resident, routes = case
-    chosen = choose(scores, resident, routes, bias=bias, protect=protect)
+    chosen = pick(scores, resident, routes, bias=bias, protect=protect)
     values = [sorted(scores[row, sorted(ids)].tolist()) for row, ids in enumerate(by_definition(*case, bias, protect))]
     assert [sorted(scores[row, ids].tolist()) for row, ids in enumerate(chosen.tolist())] == values
     assert all(len(set(ids)) == len(ids) for ids in chosen.tolist())
@@ -60,30 +67,30 @@ def test_a_choice_is_the_top_k_of_raised_scores(case: Case, bias: float, protect
 @given(cases())
 def test_without_bias_the_choice_is_the_router_s_own_object(case: Case) -> None:
     scores, resident, routes = case
-    assert choose(scores, resident, routes, bias=0) is routes
+    assert pick(scores, resident, routes, bias=0) is routes
 
 
 @given(cases(), st.floats(0.01, 10))
 def test_experts_that_are_all_resident_are_kept_in_their_order(case: Case, bias: float) -> None:
     scores, _, routes = case
-    assert choose(scores, np.ones(scores.shape[1], bool), routes, bias=bias) is routes
+    assert pick(scores, np.ones(scores.shape[1], bool), routes, bias=bias) is routes
 
 
 @given(cases(enough=True))
 def test_an_infinite_bias_is_a_mask_over_resident_experts(case: Case) -> None:
     scores, resident, routes = case
-    chosen = choose(scores, resident, routes, bias=math.inf)
+    chosen = pick(scores, resident, routes, bias=math.inf)
     assert resident[chosen].all()
     masked = np.where(resident, scores, -np.inf)
     expected = np.take_along_axis(masked, top_experts(masked, routes.shape[1]), 1)
-    assert (np.sort(np.take_along_axis(scores, chosen, 1), 1) == np.sort(expected, 1)).all()
+    assert (np.sort(weights_of(scores, chosen), 1) == np.sort(expected, 1)).all()
 
 
 @given(cases(), st.floats(0.01, 2), st.floats(0.01, 2))
 def test_a_higher_bias_never_loads_more(case: Case, one: float, other: float) -> None:
     scores, resident, routes = case
     loads = [
-        (~resident[choose(scores, resident, routes, bias=bias)]).sum(axis=1)
+        (~resident[pick(scores, resident, routes, bias=bias)]).sum(axis=1)
         for bias in (min(one, other), max(one, other))
     ]
     assert (loads[0] >= loads[1]).all()
@@ -92,32 +99,8 @@ def test_a_higher_bias_never_loads_more(case: Case, one: float, other: float) ->
 @given(cases(), st.floats(0.01, 2))
 def test_a_batch_is_chosen_as_its_tokens_would_be(case: Case, bias: float) -> None:
     scores, resident, routes = case
-    alone = [choose(scores[i : i + 1], resident, routes[i : i + 1], bias=bias) for i in range(len(scores))]
-    assert (choose(scores, resident, routes, bias=bias) == np.concatenate(alone)).all()
-
-
-@given(cases(enough=True), st.floats(0.05, 1))
-def test_probabilities_of_a_softmax_or_a_sigmoid_choose_as_their_logits(case: Case, bias: float) -> None:
-    logits, resident, _ = case
-    logits = logits + np.linspace(0, 0.01, logits.shape[1], dtype=np.float32)  # what rounds differently is no tie
-    routes = top_experts(logits, 2)
-    expected = choose(logits, resident, routes, bias=bias)
-    softmax = np.exp(logits.astype(np.float64))
-    for scores, scale in ((softmax / softmax.sum(1, keepdims=True), "softmax"), (1 / (1 + np.exp(-logits)), "sigmoid")):
-        restored = as_logits(scores.astype(np.float64), scale)  # type: ignore[arg-type]
-        assert np.allclose(np.diff(restored), np.diff(logits), atol=1e-4)
-        got = choose(restored, resident, routes, bias=bias)
-        if not (got == expected).all():  # a margin within rounding may go either way
-            rows = (got != expected).any(axis=1)
-            lift = bias * np.ptp(logits[rows], axis=1)
-            worth = [np.take_along_axis(logits + lift[:, None] * resident, ids[rows], 1) for ids in (got, expected)]
-            assert np.allclose(worth[0].sum(1), worth[1].sum(1), atol=1e-3)
-
-
-def test_probabilities_that_vanished_stay_rankable_and_closed_experts_stay_closed() -> None:
-    scores = as_logits(np.array([[1.0, 0.0, -np.inf]], np.float32), "softmax")
-    assert np.isfinite(scores[0, :2]).all() and np.isneginf(scores[0, 2])
-    assert np.isfinite(as_logits(np.array([[1.0, 0.0]], np.float32), "sigmoid")).all()
+    alone = [pick(scores[i : i + 1], resident, routes[i : i + 1], bias=bias) for i in range(len(scores))]
+    assert (pick(scores, resident, routes, bias=bias) == np.concatenate(alone)).all()
 
 
 def test_stand_ins_come_from_open_groups_only() -> None:
@@ -127,18 +110,36 @@ def test_stand_ins_come_from_open_groups_only() -> None:
     assert np.flatnonzero(np.isfinite(by_best[0])).tolist() == [0, 1, 2, 3]
     resident = np.array([1, 1, 0, 0, 1, 1, 1, 1], bool)
     closed = close_groups(scores, groups=4, kept=2)
-    assert set(choose(closed, resident, top_experts(closed, 2), bias=5.0)[0].tolist()) == {4, 5}
+    assert set(pick(closed, resident, top_experts(closed, 2), bias=5.0)[0].tolist()) == {4, 5}
+
+
+def test_a_stand_in_loses_no_more_than_the_bias_of_a_token_s_gate_weight() -> None:
+    scores = np.array([[0.4, 0.3, 0.21, 0.05, 0.04]])  # 0.09 of 0.7 would be lost
+    routes, resident = np.array([[0, 1]]), np.array([True, False, True, True, True])
+    assert pick(scores, resident, routes, bias=0.12).tolist() == [[0, 1]]
+    assert pick(scores, resident, routes, bias=0.13).tolist() == [[0, 2]]
+
+
+def test_a_correction_counts_for_the_rank_and_not_for_the_weight() -> None:
+    probabilities = np.array([[0.4, 0.3, 0.2, 0.1]])
+    corrected = probabilities + np.array([0.0, 0.5, 0.5, 0.5])
+    routes, resident = np.array([[1, 2]]), np.array([True, False, True, True])
+    chosen = [
+        choose(corrected, resident, routes, weights_of(probabilities, routes), bias=bias).tolist()
+        for bias in (0.35, 0.45)  # of 0.5; 0.2 is between the corrected scores
+    ]
+    assert chosen == [[[1, 2]], [[3, 2]]]
 
 
 def test_scores_that_are_not_numbers_are_refused() -> None:
     scores = np.array([[1.0, np.nan, 0.0]], np.float32)
     with pytest.raises(RouterScoresError, match="NaN"):
-        choose(scores, np.zeros(3, bool), np.array([[0]]), bias=0.1)
+        pick(scores, np.zeros(3, bool), np.array([[0]]), bias=0.1)
 
 
 def test_fewer_resident_experts_than_a_token_needs_are_refused_under_an_infinite_bias() -> None:
     with pytest.raises(VirtualExpertsError, match="Only 1 experts are resident where a token needs 2"):
-        choose(np.zeros((1, 4), np.float32), np.arange(4) == 3, np.array([[0, 1]]), bias=math.inf)
+        pick(np.zeros((1, 4), np.float32), np.arange(4) == 3, np.array([[0, 1]]), bias=math.inf)
 
 
 # ---- the object an adapter holds
@@ -148,7 +149,7 @@ def virtual(bias: float = 0.5, **more: Any) -> VirtualExperts:
     return VirtualExperts([1, 3], VirtualSettings(bias=bias, **more))
 
 
-SCORES = np.array([[4.0, 3.0, 2.0, 1.0], [1.0, 2.0, 3.0, 4.0]], np.float32)
+SCORES = np.array([[0.6, 0.2, 0.15, 0.05], [0.0, 0.0, 0.1, 0.9]], np.float32)
 ROUTES = np.array([[0, 1], [3, 2]])
 WEIGHTS = np.array([[0.6, 0.2], [0.9, 0.1]], np.float32)
 RESIDENT = np.array([True, False, True, True])

@@ -73,7 +73,7 @@ class Setting:
     Attributes
     ----------
     bias : float
-        Share of the router's range of scores that residency is worth.
+        Share of a token's gate weight that residency is worth.
     protect : int
         First experts of a token that are never replaced.
     loads_per_token, increase : float

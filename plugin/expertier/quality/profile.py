@@ -29,7 +29,7 @@ class Point:
     share : float
         Part of all experts that the memory budget held.
     bias : float
-        Share of the router's range of scores that residency was worth.
+        Share of a token's gate weight that residency was worth.
     protect : int
         First experts of a token that were never replaced.
     hard : bool

@@ -23,8 +23,8 @@ class VirtualSettings:
     Attributes
     ----------
     bias : float
-        Share of a token's range of router scores that residency is worth; 0 is exact, infinite chooses among resident
-        experts only.
+        Share of a token's gate weight that residency is worth; 0 is exact, infinite chooses among resident experts
+        only.
     protect : int
         So many of a token's first experts are never replaced.
     prefill : bool
@@ -225,8 +225,8 @@ class VirtualExperts:
         resident : ndarray of bool, shape (experts,)
             Experts that cost no load.
         router : callable
-            Gives the router's scores, shape ``(tokens, experts)``, as :func:`expertier.virtual.selection.choose` takes
-            them, and its gate weights of `routes`, shape ``(tokens, top_k)``; called only when an expert is absent.
+            Gives the router's scores, shape ``(tokens, experts)``, and its gate weights of `routes`, shape ``(tokens,
+            top_k)``, as :func:`expertier.virtual.selection.choose` takes them; called only when an expert is absent.
         exact : ndarray of bool, shape (tokens,), optional
             Tokens of a batch whose requests asked for exactness.
 
@@ -242,7 +242,7 @@ class VirtualExperts:
         if resident[routes].all():
             return routes
         scores, weights = router()
-        chosen = choose(scores, resident, routes, bias=self._bias, protect=self.settings.protect)
+        chosen = choose(scores, resident, routes, weights, bias=self._bias, protect=self.settings.protect)
         if chosen is routes:
             return routes
         if exact is not None:
