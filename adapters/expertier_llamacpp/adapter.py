@@ -110,6 +110,14 @@ class LlamaCppSession:
         virtual.bias = bias
         virtual.settings = replace(virtual.settings, protect=protect)
 
+    def follow(self, tokens: Sequence[int], *, prompt: int) -> Iterator[None]:
+        """Compute given tokens: `prompt` of them at once, then one after the other; yields after every step."""
+        self.read(tokens[:prompt], fresh=True)
+        yield
+        for token in tokens[prompt:]:
+            self.read([token], fresh=False)
+            yield
+
     def note(self, values: Mapping[str, Any]) -> None:
         """Leave measurements in the trace that is being recorded."""
         if self._llama.recorder is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from expertier_vllm.offline import Steps, open_engine, prepare_environment
 
 _CONTEXT = 4096
 _CACHE_BYTES = 512 << 20
+_GIVEN_TOKENS = "expertier_vllm.given:GivenTokens"
 
 
 class VllmSession:
@@ -61,10 +62,37 @@ class VllmSession:
                 yield text[shown:]
                 shown = len(text)
 
+    def tokenize(self, text: str) -> list[int]:
+        """Turn text into token ids, nothing added."""
+        tokens: list[int] = self._llm.get_tokenizer().encode(text, add_special_tokens=False)
+        return tokens
+
+    def follow(self, tokens: Sequence[int], *, prompt: int) -> Iterator[None]:
+        """Compute given tokens: `prompt` of them at once, then one after the other; yields after every step."""
+        from vllm import SamplingParams
+
+        from expertier_vllm.given import GIVEN
+
+        rest = list(tokens[prompt:])
+        given = SamplingParams(
+            temperature=0.0,
+            max_tokens=len(rest) + 1,  # what is sampled last is not computed
+            ignore_eos=True,
+            detokenize=False,
+            extra_args={GIVEN: rest},
+        )
+        for _ in Steps(self._llm, [tokens[:prompt]], given):
+            yield
+
+    def note(self, values: Mapping[str, Any]) -> None:
+        """Leave measurements in the trace that is being recorded."""
+        self._llm.collective_rpc("expertier_note", args=(dict(values),))
+
     def stats(self) -> Stats:
         return summed(self._records())
 
     def close(self) -> None:
+        self._llm.collective_rpc("expertier_end_trace")
         self._llm.llm_engine.engine_core.shutdown()
 
     def _records(self) -> Sequence[Record]:
@@ -151,6 +179,7 @@ class VllmAdapter:
                 step_tokens=settings.n_ubatch,
                 requests=1,
                 cache_bytes=_CACHE_BYTES,
+                processors=() if options.trace is None else (_GIVEN_TOKENS,),
             )
         )
 

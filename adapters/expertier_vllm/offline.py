@@ -47,6 +47,7 @@ def open_engine(
     requests: int,
     cache_bytes: int,
     eager: bool = True,
+    processors: Sequence[str] = (),
 ) -> Any:
     """Construct a ``vllm.LLM``.
 
@@ -66,6 +67,8 @@ def open_engine(
         Size of the KV cache.
     eager : bool
         Without ``torch.compile``.
+    processors : sequence of str
+        Logits processors.
 
     Raises
     ------
@@ -86,6 +89,7 @@ def open_engine(
             distributed_executor_backend="mp",
             # A prompt that was seen before would cost nothing the second time.
             enable_prefix_caching=False,
+            logits_processors=list(processors) or None,
             additional_config={} if options is None else {KEY: given},
             seed=0,
         )

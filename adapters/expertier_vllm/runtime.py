@@ -424,12 +424,22 @@ class Runtime:
             f"sidecar {self._pack.path}, lossless"
         )
 
+    def note(self, values: Mapping[str, Any]) -> None:
+        """Leave measurements in the trace."""
+        if self._recording is not None:
+            self._recording.recorder.note(values)
+
+    def end_trace(self) -> None:
+        """Complete the trace; nothing is recorded from then on."""
+        recording, self._recording = self._recording, None
+        if recording is not None:
+            recording.recorder.close()
+
     def close(self) -> None:
         """Stop I/O and give all memory back; no layer may compute any more."""
         if hasattr(self, "_keeper"):
             self._keeper.close()
-        if self._recording is not None:
-            self._recording.recorder.close()
+        self.end_trace()
         if hasattr(self, "manager"):
             self.manager.close()
 

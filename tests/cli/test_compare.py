@@ -192,3 +192,35 @@ def _read(path: Path) -> str:
         return path.read_bytes().decode(errors="replace")
     except OSError:
         return ""
+
+
+def test_an_ablation_adds_one_part_at_a_time_and_ends_with_bounds(
+    invoke: Invoke,
+    invoke_json: Callable[..., Any],
+    tiny_model: TinyModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(compare_module, "find_confinement", lambda: (None, {}))
+    model = tiny_model(TinySpec(expert_type="F16"))
+    given = ("--limit", "none", "--repeats", 1, "--tokens", 40, "--threads", 1, "--out", tmp_path / "out")
+    data = invoke_json("compare", model, "--ablate", *given)
+    arms = {arm["key"]: arm for arm in data["comparison"]["arms"]}
+    assert list(arms) == ["stock", *(f"expertier-{name}" for name in ("on demand", "+ LRU", "+ policy", "+ lookahead"))]
+    assert data["summary"]["identity"]["same_logits"] is True
+    read = [arm["read_bytes_per_token"] for arm in data["summary"]["arms"] if arm["key"] == "expertier-on demand"]
+    assert read[0] is not None
+    assert "not trained, and so left out: table, path, blend" in " ".join(data["comparison"]["notes"])
+    bounds = data["comparison"]["bounds"]
+    assert len(bounds) == 4
+    assert all(bound["tokens_per_second"] > 0 and bound["limit"] == "none" for bound in bounds)
+    text = invoke("report", tmp_path / "out")
+    assert "bound: Belady, storage never idle" in text.stdout
+
+
+def test_an_ablation_with_a_predictor_that_is_not_there_is_refused(
+    invoke: Invoke, tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    result = invoke("compare", tiny_model(TinySpec()), "--ablate", "--predictor", tmp_path / "absent")
+    assert result.exit_code == 2
+    assert "no trained predictor" in result.output.lower() or "holds no" in result.output

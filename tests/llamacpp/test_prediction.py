@@ -62,7 +62,7 @@ def test_whatever_a_predictor_says_the_logits_are_stocks_and_the_budget_holds(
         assert trace(llm) == plain_rows
         stats = llm.offload.stats()
         assert stats.peak_resident_bytes <= stats.budget_bytes
-        assert (stats.prefetches > 8) == (make is not nonsense), "what is broken leaves the lookahead"
+        assert stats.prefetches > 8, "what says nothing of use leaves the lookahead"
         assert stats.decode.misses > 0
 
 

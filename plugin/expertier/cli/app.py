@@ -184,6 +184,13 @@ def compare(
             help="One more Expertier arm that may lose so much, measured: 1%, a bias, or 0. Repeat it for several.",
         ),
     ] = None,
+    ablate: Annotated[
+        bool,
+        typer.Option(
+            "--ablate",
+            help="Instead of Expertier as a whole: what each of its parts adds, and the bounds from the simulator.",
+        ),
+    ] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Two repeats and few tokens: a first impression.")] = False,
     out: Annotated[
         Path | None, typer.Option("--out", help="Directory for record and figure. \\[default: in the cache directory]")
@@ -222,6 +229,7 @@ def compare(
             threads=threads or cores(),
             wait_policy=wait_policy,
             timeout=timeout,
+            ablate=ablate,
             as_json=as_json,
             quality_budgets=tuple(quality_budget or ()),
         )

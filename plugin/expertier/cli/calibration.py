@@ -74,8 +74,8 @@ def calibrate_engine(
         trace = Path(folder, "routes")
         with opened(shares[-1], trace) as session:
             tokens = _some_tokens(session)
-            for place, token in enumerate(tokens):
-                session.read([token], fresh=not place)
+            for _ in session.follow(tokens, prompt=1):
+                pass
         events = load_events(read_trace(trace))
     samples = []
     total = events.header.total_bytes
@@ -111,16 +111,16 @@ def _reader(adapter: Adapter, model: Path, options: OffloadOptions, settings: En
 def measure_steps(session: Reader, tokens: Sequence[int]) -> tuple[float, ...]:
     """Decode tokens one by one and return the seconds of each but the first ones, which warm up."""
     seconds: list[float] = []
-    began = time.perf_counter()
-    for place, token in enumerate(tokens):
-        started = time.perf_counter()
-        session.read([token], fresh=not place)
+    began = started = time.perf_counter()
+    for place, _ in enumerate(session.follow(tokens, prompt=1)):
+        now = time.perf_counter()
         if place < _WARM_UP:
-            began = time.perf_counter()
-            continue
-        seconds.append(time.perf_counter() - started)
-        if len(seconds) >= _LEAST_STEPS and time.perf_counter() - began > _MOST_SECONDS:
-            break
+            began = now
+        else:
+            seconds.append(now - started)
+            if len(seconds) >= _LEAST_STEPS and now - began > _MOST_SECONDS:
+                break
+        started = time.perf_counter()
     return tuple(seconds)
 
 

@@ -17,7 +17,8 @@ from expertier import __version__
 from expertier.budget import format_bytes, parse_budget
 from expertier.catalog import read_catalog
 from expertier.catalog.types import Catalog
-from expertier.cli.engines import Workloads, get_adapter
+from expertier.cli.ablate import ablation_variants, with_bounds, without_whole
+from expertier.cli.engines import EngineSettings, Workloads, get_adapter
 from expertier.cli.folder import prepare_folder
 from expertier.cli.options import print_json
 from expertier.comparison.arms import Ability, Limit, parse_limit, parse_variant, plan_arms
@@ -66,6 +67,7 @@ class CompareRequest:
     as_json: bool
     requests: tuple[int, ...] | None = None
     quality_budgets: tuple[str, ...] = ()
+    ablate: bool = False
 
 
 def compare(request: CompareRequest) -> None:
@@ -88,18 +90,24 @@ def compare(request: CompareRequest) -> None:
         readahead_kb=readahead.value(),
         memory_left=memory_left().left,
     )
+    variants, notes = _variants(request.variants, request.options), _notes(catalog, limits, ability)
+    if request.ablate:
+        parts, said = ablation_variants(catalog, request.options)
+        variants, notes = {**parts, **variants}, (*notes, *said)
     arms = plan_arms(
         adapter,
         catalog,
         list(dict.fromkeys(limits)),
         asdict(request.options),
         ability=ability,
-        variants=_variants(request.variants, request.options),
+        variants=variants,
         only=request.arms,
         readaheads=request.readaheads,
         budgets=usual.budgets,
         quality_budgets=request.quality_budgets,
     )
+    if request.ablate:
+        arms = without_whole(arms, tuple(variants))
     texts_wanted = min(_TEXTS, request.tokens)
     per_text = -(-request.tokens // texts_wanted)
     prompts_per_text = -(-max(requests, default=0) // texts_wanted)
@@ -135,7 +143,7 @@ def compare(request: CompareRequest) -> None:
             evidence=usual.evidence,
         ),
         arms=arms,
-        notes=_notes(catalog, limits, ability),
+        notes=notes,
     )
     workload = Workload(
         model=catalog.path.absolute(),
@@ -158,6 +166,19 @@ def compare(request: CompareRequest) -> None:
         workload = replace(workload, logits=LogitsFolder(Path(folder) if lossy else None))
         runner = Runner(adapter, workload, confinement, readahead)
         comparison = _run(runner, comparison, catalog, out, workload.logits)
+    if request.ablate:
+        settings = EngineSettings(n_ubatch=request.n_ubatch, threads=request.threads)
+        comparison = with_bounds(
+            comparison,
+            adapter,
+            request.options,
+            texts.decode,
+            out,
+            per_text=per_text,
+            settings=settings,
+            catalog=catalog,
+        )
+        comparison.write(out / RECORD)
     _show(comparison, out, as_json=request.as_json)
 
 

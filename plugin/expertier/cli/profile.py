@@ -43,8 +43,8 @@ class Reader(Protocol):
     def tokenize(self, text: str) -> list[int]:
         """Turn text into token ids, nothing added."""
 
-    def read(self, tokens: Sequence[int], *, fresh: bool) -> None:
-        """Compute one step over given tokens; `fresh` forgets those before."""
+    def follow(self, tokens: Sequence[int], *, prompt: int) -> Iterator[None]:
+        """Compute given tokens: `prompt` of them at once, then one after the other; yields after every step."""
 
     def note(self, values: Mapping[str, Any]) -> None:
         """Leave measurements in the trace that is being recorded."""
@@ -74,11 +74,12 @@ class ProfileRequest:
 
 @dataclass
 class Measured:
-    """Seconds, waiting and loads of every decode step."""
+    """Seconds, waiting and loads of every decode step, and the domain of every text."""
 
     seconds: list[float] = field(default_factory=list)
     stall: list[float] = field(default_factory=list)
     loads: list[int] = field(default_factory=list)
+    domains: list[str] = field(default_factory=list)
 
     def costs(self) -> dict[str, float]:
         """Tell compute apart from what a load costs beside waiting, by least squares over steps.
@@ -119,15 +120,14 @@ def profile(request: ProfileRequest) -> None:
     try:
         if not isinstance(session, Reader):
             raise UnsupportedEngineError(
-                f"The adapter for {adapter.engine} cannot record routes yet.", "Use --engine llamacpp."
+                f"The adapter for {adapter.engine} cannot record routes.", "Use another engine."
             )
         print(session.mode_line(), file=sys.stderr, flush=True)
         measured = Measured()
-        domains: list[str] = []  # of each request of the trace
         try:
-            _read_all(session, request, texts, measured, domains)
+            read_all(session, texts, measured, tokens=request.tokens, per_text=request.per_text, prompt=request.prompt)
         finally:
-            session.note({"domains": domains, **measured.costs(), "expert_share": expert_share(catalog)})
+            session.note({"domains": measured.domains, **measured.costs(), "expert_share": expert_share(catalog)})
         disk = measure_disk(
             catalog.files,
             read_bytes=catalog.largest_expert_bytes,
@@ -142,33 +142,54 @@ def profile(request: ProfileRequest) -> None:
     _report(request, out, stats)
 
 
-def _read_all(
-    session: Reader, request: ProfileRequest, texts: list[Text], measured: Measured, domains: list[str]
+def read_all(
+    session: Reader, texts: Sequence[Text], measured: Measured, *, tokens: int, per_text: int, prompt: int
 ) -> None:
+    """Feed texts to an engine: of each a prompt in one step, then token after token.
+
+    Parameters
+    ----------
+    session : Reader
+        The engine.
+    texts : sequence of Text
+        What to read; one without even two tokens is passed over.
+    measured : Measured
+        Grows with every step, so that an interrupt loses none.
+    tokens, per_text : int
+        Most tokens of all together, and of each.
+    prompt : int
+        Most tokens of a prompt.
+
+    Raises
+    ------
+    ExpertierError
+        None of them could be read.
+    """
     read = 0
-    with _progress(request.tokens) as advance:
+    with _progress(tokens) as advance:
         for text in texts:
-            tokens = session.tokenize(text.text[: request.per_text * _CHARACTERS_PER_TOKEN])
-            tokens = tokens[: min(request.per_text, request.tokens - read)]
-            if len(tokens) < 2:
+            ids = session.tokenize(text.text[: per_text * _CHARACTERS_PER_TOKEN])
+            ids = ids[: min(per_text, tokens - read)]
+            if len(ids) < 2:
                 continue
-            prompt = min(request.prompt, len(tokens) - 1)
-            session.read(tokens[:prompt], fresh=True)
-            domains.append(text.domain)
+            start = min(prompt, len(ids) - 1)
+            steps = session.follow(ids, prompt=start)
+            next(steps)
+            measured.domains.append(text.domain)
             before = session.stats().decode
-            for token in tokens[prompt:]:
-                started = time.perf_counter()
-                session.read([token], fresh=False)
+            started = time.perf_counter()
+            for _ in steps:
                 measured.seconds.append(time.perf_counter() - started)
                 after = session.stats().decode
                 measured.stall.append(after.stall_seconds - before.stall_seconds)
                 measured.loads.append(after.misses + after.late - before.misses - before.late)
                 before = after
                 advance(1)
-            advance(prompt)
-            read += len(tokens)
-            if read >= request.tokens:
-                return
+                started = time.perf_counter()
+            advance(start)
+            read += len(ids)
+            if read >= tokens:
+                break
     if not read:
         raise ExpertierError("No text has even two tokens.", "Name files with some pages of text.")
 

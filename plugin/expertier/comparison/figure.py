@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _INK, _FAINT = "#22313f", "#8795a1"
 _OURS = ("#0f8b8d", "#3fb6a8", "#7fd1c2", "#b5e4db")
 _STOCK = ("#98a6b3", "#bcc6cf", "#d7dde3", "#e7ebef")
+_BOUNDS = ("#c9a227", "#e07a5f", "#8e6c8a", "#5c677d")
 _GIB = 1 << 30
 _LINES = ("o-", "s--", "^:", "v-.")
 
@@ -56,6 +57,7 @@ def draw(comparison: Comparison, summary: Summary, path: Path) -> None:
         axes = grid[0]
         bars = _Bars(comparison, summary, limits, labels, colours)
         bars.draw(axes[0], lambda arm: arm.tokens_per_second, lambda figures: figures.tokens_per_second)
+        bars.draw_bounds(axes[0])
         _name(axes[0], "Decode", "tokens per second, higher is better")
         bars.label(axes[0], lambda arm: arm.against_stock, lambda arm: arm.tokens_per_second_high or 0.0)
         bars.draw(axes[1], lambda arm: arm.ttft_long_seconds, lambda figures: figures.ttft_long_seconds)
@@ -189,6 +191,7 @@ class _Bars:
         self._arms: dict[tuple[str, str], tuple[ArmRecord, ArmSummary]] = {
             (arm.limit, arm.label): (arm, short) for arm, short in zip(comparison.arms, summary.arms, strict=True)
         }
+        self._bounds = comparison.bounds
         self._limits = limits
         self._labels = labels
         self._colours = colours
@@ -259,6 +262,22 @@ class _Bars:
                 fontweight="bold",
                 color=self._colours[key[1]],
                 path_effects=[patheffects.withStroke(linewidth=2.5, foreground="white")],  # a neighbour may be taller
+            )
+
+    def draw_bounds(self, axes: Axes) -> None:
+        """A dashed line for each bound, across the bars of its limit."""
+        labels = list(dict.fromkeys(bound.label for bound in self._bounds))
+        for index, label in enumerate(labels):
+            drawn = [(self._limits.index(b.limit), b.tokens_per_second) for b in self._bounds if b.label == label]
+            axes.hlines(
+                [height for _, height in drawn],
+                [centre - 0.42 for centre, _ in drawn],
+                [centre + 0.42 for centre, _ in drawn],
+                colors=_BOUNDS[index % len(_BOUNDS)],
+                linestyles="dashed",
+                linewidth=1.2,
+                label=f"bound: {label}",
+                zorder=4,
             )
 
     def draw_limits(self, axes: Axes) -> None:

@@ -346,6 +346,29 @@ class ArmRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Bound:
+    """What the simulator says that nothing can beat under a limit, on the routes of the same texts.
+
+    Attributes
+    ----------
+    limit : str
+        The limit as it was written.
+    label : str
+        What is assumed.
+    tokens_per_second : float
+        Decode speed.
+    hit_ratio, read_bytes_per_token : float
+        Of its evictions.
+    """
+
+    limit: str
+    label: str
+    tokens_per_second: float
+    hit_ratio: float
+    read_bytes_per_token: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Comparison:
     """Everything about one comparison. ``complete`` is false while runs are still to come."""
 
@@ -359,6 +382,7 @@ class Comparison:
     disk: tuple[DiskSpeed, ...] = ()
     arms: tuple[ArmRecord, ...] = ()
     notes: tuple[str, ...] = ()
+    bounds: tuple[Bound, ...] = ()
     complete: bool = False
     schema: str = field(default=SCHEMA)
 

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from expertier.budget import format_bytes
 from expertier.comparison.ratios import Ratio
-from expertier.comparison.records import Comparison
+from expertier.comparison.records import Bound, Comparison
 from expertier.comparison.summary import ArmSummary, Identity, Summary
 
 _DASH = "[dim]-[/]"
@@ -34,7 +34,11 @@ def print_report(console: Console, comparison: Comparison, summary: Summary) -> 
     )
     for limit in dict.fromkeys(arm.limit for arm in summary.arms):
         arms = [arm for arm in summary.arms if arm.limit == limit]
-        console.print(_table(limit, arms))
+        table = _table(limit, arms)
+        for bound in comparison.bounds:
+            if bound.limit == limit:
+                table.add_row(*_bound_row(bound))
+        console.print(table)
         if any(arm.loads for arm in arms):
             console.print(_loads_table(arms))
         if any(arm.quality is not None for arm in arms):
@@ -82,6 +86,17 @@ def _row(arm: ArmSummary) -> Iterable[str]:
         else f"{arm.bound_tokens_per_second:.1f} [dim]({arm.over_bound:.2f}x {arm.bound_by})[/]",
     ]
     return [name, *cells]
+
+
+def _bound_row(bound: Bound) -> Iterable[str]:
+    return [
+        f"[dim]bound: {escape(bound.label)}[/]",
+        f"[dim]{bound.tokens_per_second:.1f}[/]",
+        *[_DASH] * 3,
+        f"[dim]{_bytes(bound.read_bytes_per_token)}[/]",
+        f"[dim]{_percent(bound.hit_ratio)}[/]",
+        *[_DASH] * 2,
+    ]
 
 
 def _loads_table(arms: list[ArmSummary]) -> Table:

@@ -215,6 +215,14 @@ class ExpertierWorker(CPUWorker):  # type: ignore[misc]
         """Counters of this worker; see :meth:`expertier_vllm.runtime.Runtime.stats`."""
         return self.expertier.stats()
 
+    def expertier_note(self, values: dict[str, Any]) -> None:
+        """Leave measurements in the trace that this worker records, if it does."""
+        self.expertier.note(values)
+
+    def expertier_end_trace(self) -> None:
+        """Complete the trace that this worker records, if it does; nothing is recorded from then on."""
+        self.expertier.end_trace()
+
     def expertier_resize(self, budget: str | int) -> dict[str, Any]:
         """Change this worker's budget.
 
