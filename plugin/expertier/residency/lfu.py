@@ -52,7 +52,7 @@ class LFU:
     def use_probability(self, experts: IntArray) -> FloatArray:
         return np.minimum(self.rate(experts), 1.0)
 
-    def rate(self, experts: IntArray) -> FloatArray:
+    def rate(self, experts: IntArray | slice) -> FloatArray:
         """Estimated uses per step; with several sequences in a step there may be more than one."""
         # An expert used p times per step settles at a decayed count of p / (1 - 2**(-1/half_life)).
         result: FloatArray = self._count[experts] * (self._steady * 2.0**-self._now)
