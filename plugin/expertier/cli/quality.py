@@ -33,7 +33,7 @@ from expertier.quality.profile import Point, QualityProfile, merged, profile_pat
 from expertier.quality.proxy import fit
 
 USUAL_LEVELS = ("12.5%", "25%", "50%", "75%")
-_PROTECTS = (0, 1)
+_PROTECTS = (0,)  # a share of gate weight protects the heaviest experts by itself
 
 
 @dataclass(frozen=True, kw_only=True)

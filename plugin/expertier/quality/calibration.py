@@ -49,7 +49,7 @@ class CalibrationPlan:
 
     budgets: Sequence[int]
     total_bytes: int
-    protects: Sequence[int] = (0, 1)
+    protects: Sequence[int] = (0,)
     points: int = 5
 
     @property
