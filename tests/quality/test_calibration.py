@@ -36,7 +36,9 @@ def measured() -> QualityProfile:
     session = TableSession(harm=0.8)
     texts = samples(session, session.texts(10), count=10, tokens=40)
     with Reference(session, texts) as reference:
-        found = calibrate(session, reference, CalibrationPlan(budgets=(25, 50), total_bytes=100, protects=(0, 1), points=4))
+        found = calibrate(
+            session, reference, CalibrationPlan(budgets=(25, 50), total_bytes=100, protects=(0, 1), points=4)
+        )
     return QualityProfile(
         fingerprint="f" * 32,
         model="table.gguf",
