@@ -333,6 +333,12 @@ class BatchEngine:
     ) -> None:
         self.close()
 
+    def forget(self) -> None:
+        """Forget the beginnings of prompts that finished requests left in the KV memory."""
+        with self._stepping:
+            self._check_open()
+            self._loop.forget()
+
     def stats(self) -> EngineStats:
         """Return a snapshot of the engine's counters."""
         return self._loop.stats()

@@ -97,6 +97,11 @@ class StepLoop:
             self._waiting.clear()
             self._running.clear()
 
+    def forget(self) -> None:
+        """Forget what finished requests left in the KV memory."""
+        while self._room.reclaim():
+            pass
+
     def stats(self) -> EngineStats:
         """Return a snapshot of the counters."""
         return replace(
