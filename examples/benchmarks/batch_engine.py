@@ -48,28 +48,25 @@ class Stock:
         settings.n_seq_max, settings.kv_unified = arguments.sequences, True
         settings.n_threads = settings.n_threads_batch = arguments.threads
         settings.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        self._context = llama_cpp.llama_init_from_model(self._model, settings)
+        self.ctx = llama_cpp.llama_init_from_model(self._model, settings)
         self._batch = StepBatch(512)
         self._sampling = Sampling(temperature=0, logit_bias=never)
         self._llama = engine.llama
 
     def complete(self, prompts: Sequence[list[int]], length: int) -> None:
-        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), True)
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.ctx), True)
         chains = [make_sampler(self._llama, self._sampling) for _ in prompts]
         next_tokens = [list(prompt) for prompt in prompts]
         done = [0] * len(prompts)
         for _ in range(length):
             parts = [(row, done[row], tokens, True) for row, tokens in enumerate(next_tokens)]
             rows = self._batch.fill(parts)
-            assert llama_cpp.llama_decode(self._context, self._batch.batch) == 0
+            assert llama_cpp.llama_decode(self.ctx, self._batch.batch) == 0
             done = [before + len(tokens) for before, tokens in zip(done, next_tokens, strict=True)]
-            next_tokens = [
-                [llama_cpp.llama_sampler_sample(chain.sampler, self._context, row)]
-                for chain, row in zip(chains, rows, strict=True)
-            ]
+            next_tokens = [[chain.sample(self, row)] for chain, row in zip(chains, rows, strict=True)]
 
     def close(self) -> None:
-        llama_cpp.llama_free(self._context)
+        llama_cpp.llama_free(self.ctx)
         llama_cpp.llama_model_free(self._model)
 
 

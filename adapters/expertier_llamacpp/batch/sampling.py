@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Mapping
 from typing import Any
 
 import llama_cpp
+import numpy as np
 from llama_cpp._internals import LlamaSampler
 
 from expertier.errors import RequestError
@@ -24,6 +26,9 @@ def make_sampler(llama: llama_cpp.Llama, sampling: Sampling) -> Any:
         When an option is out of its range; llama.cpp would end the process or sample nonsense.
     """
     _check(llama, sampling)
+    penalties = (sampling.repeat_penalty, sampling.frequency_penalty, sampling.presence_penalty)
+    if sampling.temperature == 0 and penalties == (1.0, 0.0, 0.0):
+        return Likeliest(llama.n_vocab(), sampling.logit_bias or {})
     chain = LlamaSampler()  # type: ignore[no-untyped-call]
     if sampling.logit_bias:
         chain.add_logit_bias(llama.n_vocab(), dict(sampling.logit_bias))
@@ -44,6 +49,31 @@ def make_sampler(llama: llama_cpp.Llama, sampling: Sampling) -> Any:
     chain.add_temp(sampling.temperature)
     chain.add_dist(random.getrandbits(32) if sampling.seed is None else sampling.seed & 0xFFFFFFFF)
     return chain
+
+
+class Likeliest:
+    """What a chain that ends in llama.cpp's greedy sampler chooses, without the list of candidates it makes first.
+
+    Parameters
+    ----------
+    width : int
+        Size of the vocabulary.
+    bias : mapping of int to float
+        Added to the logits of these tokens.
+    """
+
+    def __init__(self, width: int, bias: Mapping[int, float]) -> None:
+        self._width = width
+        self._tokens = np.fromiter(bias.keys(), np.int64)
+        self._added = np.fromiter(bias.values(), np.float32)
+
+    def sample(self, ctx: Any, idx: int) -> int:
+        """Choose from the logits in row `idx`; of equals the first, as llama.cpp does."""
+        logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(ctx.ctx, idx), (self._width,))
+        if len(self._tokens):
+            logits = logits.copy()
+            logits[self._tokens] += self._added
+        return int(logits.argmax())
 
 
 def _check(llama: llama_cpp.Llama, sampling: Sampling) -> None:
