@@ -274,6 +274,8 @@ def test_options_that_do_not_exist_are_refused_at_once(model: Path, load: Load) 
         load(max_sequences=0)
     with pytest.raises(UnsupportedOptionError, match="1 to 256"):
         load(max_sequences=1000)
+    with pytest.raises(UnsupportedOptionError, match="embedding"):
+        load(embedding=True)
     with pytest.raises(UnsupportedOptionError, match="no scheduler 'fastest'"):
         load(scheduling="fastest")
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import llama_cpp
 
-from expertier.errors import ManagerClosedError, RequestError, RequestTooLongError
+from expertier.errors import ManagerClosedError, RequestError, RequestTooLongError, UnsupportedOptionError
 from expertier.scheduling import Admission, PathBook, make_batcher
 from expertier_llamacpp.batch.loop import StepLoop
 from expertier_llamacpp.batch.progress import Bar, progress_bar
@@ -81,6 +81,11 @@ class BatchEngine:
     """
 
     def __init__(self, model_path: str, *, max_sequences: int = 8, scheduling: str = "fcfs", **kwargs: Any) -> None:
+        for name in ("embedding", "draft_model"):
+            if kwargs.get(name):
+                raise UnsupportedOptionError(
+                    f"{name} needs a context for itself.", "Use expertier_llamacpp.Llama for it."
+                )
         make_batcher(scheduling)  # a slip of the pen is told before any work
         self._set_up(Llama(model_path, max_sequences=max_sequences, **kwargs), scheduling, owned=True)
 
