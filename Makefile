@@ -82,9 +82,10 @@ lint: $(STAMPS)/installed $(STAMPS)/vllm ## linter, formatter and type checker
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Waiting worker threads must not spin: on two shared cores that costs an engine most of its speed.
+# Waiting worker threads must not spin: on two shared cores that costs an engine most of its speed. Two at a time, because
+# an engine that starts mostly waits; files stay whole, because their tests share engines.
 unit: $(STAMPS)/installed $(STAMPS)/vllm
-	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} $(BIN)/python -m pytest
+	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 llama-patched: $(STAMPS)/venv ## build a llama-cpp-python wheel with the optional patches (patches/README.md)
 	@wheel="$$($(BIN)/python examples/setup/build_llama.py --patches patches | tail -n 1)"; \
