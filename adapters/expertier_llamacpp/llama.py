@@ -200,7 +200,7 @@ class Llama(ExactRequests, llama_cpp.Llama):
                 last_is_narrow=True,
             )
             self._ahead = ahead
-            keeper.predictor = predictor.name if predictor is not None else ""
+            keeper.follow(ahead)
             recording = RouteRecording(self.recorder, hidden_every=options.trace_hidden) if self.recorder else None
             self._hook = EvalHook(
                 manager=manager,

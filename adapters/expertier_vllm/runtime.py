@@ -256,7 +256,6 @@ class Runtime:
         profile = offload.profile if self.facts.rank == 0 and self._sees_all_layers else "off"
         self._keeper = ProfileKeeper(profile, self._catalog, self._directories(), self.manager)
         self._predictor = self._open_predictor()
-        self._keeper.predictor = self._predictor.name if self._predictor is not None else ""
         if offload.trace is not None and self.facts.rank == 0:
             if not self._sees_all_layers:
                 raise UnsupportedOptionError(
@@ -322,6 +321,7 @@ class Runtime:
             predictor=self._predictor,
             listener=self.manager.forecast if offload.policy == "predictive" else None,
         )
+        self._keeper.follow(self._ahead)
 
     def _make_lookahead(self, norms: Mapping[int, NDArray[np.float32]]) -> Lookahead | None:
         """The lookahead of this worker's layers, or ``None`` where the checkpoint has a router in no usual place."""

@@ -15,8 +15,11 @@ from expertier.errors import ProfileError
 from expertier.residency import POLICIES, make_policy
 from expertier.residency.base import ExpertSpace
 from expertier.residency.uses import UseCounts
+from expertier.routing import AheadLoader, GainGate, Lookahead, Span
+from expertier.routing.predictor import RoutedModel
 from expertier.routing.profile import ProfileKeeper, RoutingProfile, profile_name, read_profile, write_profile
-from support.fake_engine import fake_engine, uniform, until
+from support.fake_engine import FakeEngine, fake_engine, uniform, until
+from support.predictors import FixedPredictor
 
 EXPERTS = 8
 
@@ -196,3 +199,65 @@ def test_long_run_counts_follow_a_change_and_never_exceed_certainty() -> None:
     counts.advance(2)
     assert counts.chances()[0] == 1.0
     np.testing.assert_allclose(counts.chances()[1:], np.array([100, 1, 1]) / 102)
+
+
+def ahead_on(engine: FakeEngine, predictor: FixedPredictor | None = None) -> AheadLoader:
+    experts = dict.fromkeys(range(3), EXPERTS)
+    gates = {layer: np.eye(EXPERTS, dtype=np.float32) for layer in experts}
+    return AheadLoader(
+        manager=engine.manager,
+        experts=experts,
+        lookahead=Lookahead(gates=gates, norms={}, top_k=dict.fromkeys(experts, 2)),
+        gate=GainGate(block=1, rounds=1),
+        predictor=predictor,
+    )
+
+
+def test_what_loading_ahead_learned_is_kept_too(tmp_path: Path) -> None:
+    chances = np.zeros((3, EXPERTS), np.float32)
+    chances[1:, :2] = 0.9
+    model = RoutedModel(layers=(0, 1, 2), experts=(EXPERTS,) * 3, top_k=(2,) * 3, fingerprint="x")
+    hidden = np.arange(EXPERTS, dtype=np.float32)[None]
+    with fake_engine(tmp_path, uniform(3, EXPERTS), 12 * uniform(1, 1)[0].slot_bytes) as engine:
+        keeper = ProfileKeeper("auto", catalog(tmp_path), [tmp_path], engine.manager)
+        ahead = ahead_on(engine, FixedPredictor(model, chances))
+        keeper.follow(ahead)
+        for position in range(40):
+            ahead.begin([Span(key=0, position=position, tokens=[1])], decode=True)
+            engine.manager.begin_step(1)
+            for layer in range(3):
+                routes = np.array([[0, 5 + (position + layer) % 3]])
+                engine.manager.observe(layer, routes)
+                with engine.manager.acquire(layer, routes):
+                    ahead.after_router(layer, routes, lambda: hidden, decode=True)
+            engine.manager.end_step()
+        keeper.close()
+        learned = ahead.learned()
+    assert set(learned) == {"lookahead", "predictor", "gate"}
+    with fake_engine(tmp_path, uniform(3, EXPERTS), 1 << 30) as engine:
+        keeper = ProfileKeeper("auto", catalog(tmp_path), [tmp_path], engine.manager)
+        assert keeper.found is not None and keeper.found.predictor == "fixed + lookahead"
+        again = ahead_on(engine, FixedPredictor(model, chances))
+        keeper.follow(again)
+        assert again.learned() == learned
+        other = ahead_on(engine)
+        keeper.follow(other)
+        assert "gate" not in other.learned(), "a verdict about another predictor says nothing"
+
+
+@pytest.mark.parametrize(
+    "nonsense",
+    [
+        {},
+        {"lookahead": 3, "predictor": [], "gate": None},
+        {"lookahead": {"0": [0.5]}, "predictor": {"name": "fixed", "claimed": [1], "used": ["x"]}, "gate": {"by": 1}},
+        {"lookahead": {str(layer): [2.0] * 4 for layer in range(3)}, "gate": {}},
+    ],
+)
+def test_nonsense_about_loading_ahead_is_passed_over(tmp_path: Path, nonsense: dict[str, object]) -> None:
+    model = RoutedModel(layers=(0, 1, 2), experts=(EXPERTS,) * 3, top_k=(2,) * 3, fingerprint="x")
+    with fake_engine(tmp_path, uniform(3, EXPERTS), 1 << 30) as engine:
+        ahead = ahead_on(engine, FixedPredictor(model, np.zeros((3, EXPERTS))))
+        before = ahead.learned()
+        ahead.warm(nonsense)
+        assert ahead.learned() == before

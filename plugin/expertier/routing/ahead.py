@@ -7,10 +7,11 @@ next layer's gate on this layer's input says what is likely there.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -119,6 +120,29 @@ class AheadLoader:
         if self._lookahead is not None:
             names.append("lookahead")
         return " + ".join(names) or "nothing"
+
+    def learned(self) -> dict[str, Any]:
+        """What a later run may begin with (:meth:`warm`); plain data."""
+        found: dict[str, Any] = {}
+        if self._lookahead is not None:
+            found["lookahead"] = self._lookahead.learned()
+        if self._follower is not None:
+            found["predictor"] = {"name": self._follower.predictor.name, **self.confidence.learned()}
+        if (winner := self.gate.learned()) is not None:
+            found["gate"] = {"by": self.words(), "prefetch": winner}
+        return found
+
+    def warm(self, learned: Mapping[str, Any]) -> None:
+        """Begin with what an earlier run found; what is about another predictor, or makes no sense, is passed over."""
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            if self._lookahead is not None:
+                self._lookahead.warm(learned["lookahead"])
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            if self._follower is not None and learned["predictor"]["name"] == self._follower.predictor.name:
+                self.confidence.warm(learned["predictor"])
+        with contextlib.suppress(KeyError, TypeError):
+            if learned["gate"]["by"] == self.words():
+                self.gate.warm(learned["gate"]["prefetch"] is True)
 
     def begin(self, spans: Sequence[Span], *, decode: bool) -> None:
         """A step's tokens are known; to be called before its first layer, where :attr:`follows_tokens`.

@@ -7,8 +7,9 @@ take longer, for whatever reason.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from statistics import median
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,6 +59,23 @@ class Confidence:
             self._used[layer] += np.count_nonzero(pending[np.unique(routes)])
             pending[:] = 0.0
 
+    def learned(self) -> dict[str, list[float]]:
+        """What a later run may begin with (:meth:`warm`)."""
+        return {"claimed": np.round(self._claimed, 3).tolist(), "used": np.round(self._used, 3).tolist()}
+
+    def warm(self, learned: Mapping[str, Any]) -> None:
+        """Begin with what an earlier run found.
+
+        Raises
+        ------
+        ValueError, KeyError, TypeError
+            It is not of this model.
+        """
+        claimed, used = (np.array(learned[name], np.float64) for name in ("claimed", "used"))
+        if not claimed.shape == used.shape == self._used.shape or not (np.isfinite(claimed) & np.isfinite(used)).all():
+            raise ValueError("not one record for each layer")
+        self._claimed, self._used = np.maximum(claimed, 0.0), np.maximum(used, 0.0)
+
 
 class GainGate:
     """Decides by trial whether to prefetch.
@@ -87,6 +105,7 @@ class GainGate:
         self._left = 0  # steps until the next trial
         self._trial: tuple[list[float], list[float]] = ([], [])  # step times without and with prefetching
         self._winner = True
+        self._tried = False
 
     @property
     def open(self) -> bool:
@@ -111,3 +130,14 @@ class GainGate:
             self._winner = median(within) <= _TIE * median(without)
             self._left = self._hold
             self._trial = ([], [])
+            self._tried = True
+
+    def learned(self) -> bool | None:
+        """Who won the last trial: whether it was prefetching; ``None`` before the first."""
+        return self._winner if self._tried else None
+
+    def warm(self, winner: bool) -> None:
+        """Begin with who won in an earlier run, as if that trial had just ended."""
+        self._winner = winner
+        self._left = self._hold
+        self._tried = True

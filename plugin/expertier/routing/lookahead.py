@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -125,3 +126,21 @@ class Lookahead:
     def precision(self, layer: int) -> NDArray[np.float64]:
         """Running precision of absent candidates by rank for a layer, shape ``(2 * top_k,)``."""
         return self._precision[layer].copy()
+
+    def learned(self) -> dict[str, list[float]]:
+        """Precisions by layer, for a later run to begin with (:meth:`warm`)."""
+        return {str(layer): np.round(precision, 4).tolist() for layer, precision in self._precision.items()}
+
+    def warm(self, learned: Mapping[str, Any]) -> None:
+        """Begin with the precisions of an earlier run.
+
+        Raises
+        ------
+        ValueError, KeyError, TypeError
+            They are not of this model.
+        """
+        found = {layer: np.array(learned[str(layer)], np.float64) for layer in self._precision}
+        for layer, precision in found.items():
+            if precision.shape != self._precision[layer].shape or not ((precision >= 0) & (precision <= 1)).all():
+                raise ValueError(f"not one precision for each rank of layer {layer}")
+        self._precision = found

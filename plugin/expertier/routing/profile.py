@@ -14,7 +14,7 @@ import logging
 import math
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -175,6 +175,19 @@ class Learner(Protocol):
         """Layer to the share of tokens that used each expert, and of how many tokens."""
 
 
+class AheadLearner(Protocol):
+    """Who learns what loading ahead is worth: :class:`expertier.routing.AheadLoader`."""
+
+    def warm(self, learned: Mapping[str, Any]) -> None:
+        """Begin with what an earlier run found."""
+
+    def learned(self) -> Mapping[str, Any]:
+        """What a later run may begin with; plain data."""
+
+    def words(self) -> str:
+        """What predicts."""
+
+
 class ProfileKeeper:
     """Warms a run with the profile of its model, and writes what the run learned when it ends.
 
@@ -193,10 +206,6 @@ class ProfileKeeper:
     ----------
     found : RoutingProfile or None
         What earlier runs learned.
-    ahead : callable or None
-        Gives :attr:`RoutingProfile.ahead` at the end.
-    predictor : str
-        Which predictor runs, in words.
 
     Raises
     ------
@@ -214,8 +223,7 @@ class ProfileKeeper:
             self._places = [Path(option).expanduser().absolute()]
         else:
             self._places = [folder / profile_name(catalog) for folder in directories] if option == "auto" else []
-        self.ahead: Callable[[], Mapping[str, Any]] | None = None
-        self.predictor = ""
+        self._ahead: AheadLearner | None = None
         self.found: RoutingProfile | None = None
         present = [place for place in self._places if place.exists()]
         if present:
@@ -231,6 +239,12 @@ class ProfileKeeper:
                 raise
             logger.warning("%s", error)
             return None
+
+    def follow(self, ahead: AheadLearner) -> None:
+        """Warm what loads ahead, too, and keep what it learns."""
+        self._ahead = ahead
+        if self.found is not None:
+            ahead.warm(self.found.ahead)
 
     def close(self) -> None:
         """Write what the run learned, earlier runs included, to the first place that takes it.
@@ -250,8 +264,8 @@ class ProfileKeeper:
             architecture=self._catalog.architecture,
             tokens=tokens,
             chances=chances,
-            ahead=self.ahead() if self.ahead is not None else {},
-            predictor=self.predictor,
+            ahead=self._ahead.learned() if self._ahead is not None else {},
+            predictor=self._ahead.words() if self._ahead is not None else "",
         )
         for place in self._places:
             try:
