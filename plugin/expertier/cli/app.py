@@ -387,6 +387,57 @@ def traffic(
 
 @app.command()
 @reported
+def train(
+    traces: Annotated[
+        list[Path], typer.Argument(metavar="TRACE...", help="What `expertier profile --trace-tokens on` recorded.")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the predictors.")],
+    model: Annotated[
+        Path | None,
+        typer.Option("--model", help="The traces' model: its token embedding is a better start than noise."),
+    ] = None,
+    test: Annotated[
+        list[Path] | None,
+        typer.Option("--test", help="Also report on this trace, e.g. of another domain. Repeat it for several."),
+    ] = None,
+    report: Annotated[
+        bool, typer.Option("--report", help="Score all predictors and two controls on text that was kept back.")
+    ] = False,
+    minutes: Annotated[
+        float, typer.Option("--minutes", min=0.01, help="Most time for the path network to learn.")
+    ] = 5.0,
+    epochs: Annotated[int, typer.Option("--epochs", min=1, help="Most passes over the text.")] = 20,
+    width: Annotated[int, typer.Option("--width", min=8, help="Numbers per token in the path network.")] = 192,
+    report_tokens: Annotated[
+        int, typer.Option("--report-tokens", min=2, help="Most tokens of each text to score.")
+    ] = 10_000,
+    partial: Annotated[
+        bool, typer.Option("--partial", help="Use what is intact of traces that were not closed.")
+    ] = False,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of everything random.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Learn to predict routes from recorded ones: experts can then be loaded before a layer asks for them."""
+    from expertier.cli.train import TrainRequest, train_command
+    from expertier.routing.train import TrainSettings
+
+    train_command(
+        TrainRequest(
+            traces=tuple(traces),
+            tests=tuple(test or ()),
+            out=out,
+            model=model,
+            report=report,
+            settings=TrainSettings(seconds=60 * minutes, epochs=epochs, width=width, seed=seed),
+            partial=partial,
+            report_tokens=report_tokens,
+            as_json=as_json,
+        )
+    )
+
+
+@app.command()
+@reported
 def simulate(
     trace: Annotated[Path, typer.Argument(metavar="TRACE", help="What `expertier profile` recorded.")],
     budget: Annotated[

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from expertier.catalog.routers import read_routers, routers_digest
 from expertier.catalog.types import Catalog
-from expertier.errors import PredictorMissingError
-from expertier.routing.predictor import RoutePredictor
+from expertier.errors import PredictorError, PredictorMissingError
+from expertier.routing.predictor import RoutedModel, RoutePredictor
+from expertier.routing.saved import MANIFEST, NAMES, load_predictor
+
+logger = logging.getLogger("expertier")
 
 
 def open_predictor(option: str, catalog: Catalog, directories: Sequence[Path]) -> RoutePredictor | None:
@@ -31,11 +36,36 @@ def open_predictor(option: str, catalog: Catalog, directories: Sequence[Path]) -
         What was asked for by name is not there, or cannot be used for this model. What ``auto`` finds and cannot use is
         left alone, with a warning.
     """
-    if option in ("off", "auto"):
+    if option == "off":
         return None
-    raise PredictorMissingError(
-        f"There is no trained predictor {option!r} for {catalog.path.name}.", "Choose 'auto' or 'off'."
-    )
+    model = RoutedModel.of_catalog(catalog, routers_digest(read_routers(catalog), tuple(catalog.by_layer)))
+    if option == "auto" or option in NAMES:
+        name = NAMES[0] if option == "auto" else option
+        for directory in directories:
+            folder = directory / predictor_folder(model)
+            if (folder / MANIFEST).is_file():
+                try:
+                    return load_predictor(folder, model, name)
+                except PredictorError as error:
+                    if option != "auto":
+                        raise
+                    logger.warning("The predictor in %s is left alone: %s", folder, error)
+        if option == "auto":
+            return None
+        raise PredictorMissingError(
+            f"No predictor {option!r} was trained for {catalog.path.name}; looked in "
+            f"{', '.join(str(directory / predictor_folder(model)) for directory in directories)}.",
+            "Train one with `expertier train`, or choose 'auto' or 'off'.",
+        )
+    path = Path(option).expanduser()
+    if not (path / MANIFEST).is_file() and (path.parent / MANIFEST).is_file():
+        return load_predictor(path.parent, model, path.name)
+    return load_predictor(path, model)
+
+
+def predictor_folder(model: RoutedModel) -> str:
+    """Name of the folder that holds a model's predictors, the same for all its conversions."""
+    return f"predictor-{(model.routers or model.fingerprint)[:12]}"
 
 
 def gate_mode(

@@ -19,6 +19,9 @@ IntArray = NDArray[np.int64]
 Chances = NDArray[np.float32]
 """Chances by layer position and expert, shape ``(layers, most experts)``; experts a layer does not have have 0."""
 
+Scores = Mapping[int, NDArray[np.float32]]
+"""What the lookahead says about some later layers: layer index to the scores of its experts, shape ``(experts,)``."""
+
 HORIZONS: Final = (1, 4, 16)
 """Within how many tokens after the present one :attr:`Forecast.soon` looks."""
 
@@ -187,16 +190,15 @@ class RoutePredictor(Protocol):
             Experts of the step's tokens; fewer rows than tokens are the last ones.
         """
 
-    def refine(self, sequence: int, scores: Mapping[int, NDArray[np.float32]] | None = None) -> Chances:
+    def refine(self, sequence: int, scores: Scores | None = None) -> Chances:
         """Chances for the layers of this step that were not observed yet, in the light of those that were.
 
         Parameters
         ----------
         sequence : int
             A sequence of this step.
-        scores : mapping of int to ndarray of float32, shape (experts,), optional
-            What :meth:`expertier.routing.lookahead.Lookahead.scores` says about some later layers, for predictors that
-            listen to it; others ignore it.
+        scores : Scores, optional
+            From :meth:`expertier.routing.lookahead.Lookahead.scores`; predictors that do not listen to it ignore it.
 
         Returns
         -------

@@ -1,0 +1,174 @@
+"""Traces as text to learn from: whole sequences, cut into windows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from expertier.errors import TraceMismatchError, TraceTooShortError
+from expertier.routing.predictor import RoutedModel
+from expertier.routing.trace import TokenTable, Trace
+
+_LEAST_REQUESTS = 4  # to keep one back and to learn from others
+
+
+@dataclass(frozen=True, kw_only=True)
+class Windows:
+    """Stretches of sequences of equal length, the last one of a sequence filled up with unknowns.
+
+    Attributes
+    ----------
+    model : RoutedModel
+        Whose routes.
+    tokens : ndarray of int64, shape (windows, width)
+        Ids; 0 where the trace has none.
+    request : ndarray of int64, shape (windows,)
+        Of which request; windows of one stay together when some are kept back.
+    routes : ndarray of int16, shape (windows, width, layers, largest top_k)
+        Experts, -1 where unknown.
+    """
+
+    model: RoutedModel
+    tokens: NDArray[np.int64]
+    request: NDArray[np.int64]
+    routes: NDArray[np.int16]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def take(self, rows: NDArray[np.int64]) -> Windows:
+        """Return some of the windows."""
+        return Windows(model=self.model, tokens=self.tokens[rows], request=self.request[rows], routes=self.routes[rows])
+
+    def split(self, parts: int, which: int) -> tuple[Windows, Windows]:
+        """Keep every `parts`-th request back, beginning with number `which`; return the others and these."""
+        unique = np.unique(self.request)
+        back = np.isin(self.request, unique[which::parts])
+        return self.take(np.flatnonzero(~back)), self.take(np.flatnonzero(back))
+
+    @property
+    def count(self) -> int:
+        """Tokens with routes."""
+        return int(self.known.any(2).sum())
+
+    @property
+    def width(self) -> int:
+        """Tokens of a window."""
+        return int(self.tokens.shape[1])
+
+    @property
+    def known(self) -> NDArray[np.bool_]:
+        """Of which tokens the routes of which layers are known, shape ``(windows, width, layers)``."""
+        return self.routes[..., 0] >= 0
+
+    def used(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """1 where a token uses an expert, shape ``(len(rows), width, layers * most experts)``."""
+        layers, experts = self.model.shape
+        routes = self.routes[rows]
+        table = np.zeros((len(rows), self.width, layers * experts + 1), np.float32)
+        cells = np.where(routes >= 0, routes + (np.arange(layers) * experts)[:, None], layers * experts)
+        np.put_along_axis(table, cells.reshape(len(rows), self.width, -1), 1.0, axis=2)
+        return table[..., :-1]
+
+    def frequency(self) -> NDArray[np.float32]:
+        """Share of tokens that use each expert, shape ``(layers, most experts)``."""
+        layers, experts = self.model.shape
+        table = np.zeros((layers, experts), np.float32)
+        for place in range(layers):
+            routes = self.routes[:, :, place]
+            counts = np.bincount(routes[routes >= 0], minlength=experts)
+            table[place] = counts / max(1, int((routes[..., 0] >= 0).sum()))
+        return table
+
+
+def read_windows(traces: Sequence[Trace], *, width: int = 256) -> tuple[Windows, bool]:
+    """Cut the sequences of traces into windows.
+
+    Parameters
+    ----------
+    traces : sequence of Trace
+        Of one model; conversions of it count as the same (:meth:`RoutedModel.same_routes`).
+    width : int
+        Tokens of a window.
+
+    Returns
+    -------
+    windows : Windows
+        Of all traces.
+    tokens : bool
+        Whether all traces have token ids.
+
+    Raises
+    ------
+    TraceMismatchError
+        The traces are of different models.
+    TraceTooShortError
+        A trace has no step with two tokens of one sequence after another.
+    """
+    model = RoutedModel.of_trace(traces[0].header)
+    found: list[Windows] = []
+    requests = 0
+    with_ids = True
+    for trace in traces:
+        other = RoutedModel.of_trace(trace.header)
+        if not model.same_routes(other):
+            raise TraceMismatchError(
+                f"{trace.path} is a trace of {other.name}, {traces[0].path} one of {model.name}.",
+                "Train on traces of one model.",
+            )
+        table = trace.tokens()
+        with_ids &= table.token_id is not None
+        windows = _cut(model, table, width, requests)
+        if not len(windows):
+            held = {0: "no token", 1: "a single token"}.get(len(table.request), "no two tokens in a row")
+            raise TraceTooShortError(f"{trace.path} holds {held}: there is nothing to learn from.", "Record more text.")
+        requests = int(windows.request.max()) + 1
+        found.append(windows)
+    joined = Windows(
+        model=model,
+        tokens=np.concatenate([windows.tokens for windows in found]),
+        request=np.concatenate([windows.request for windows in found]),
+        routes=np.concatenate([windows.routes for windows in found]),
+    )
+    return joined, with_ids
+
+
+def require_requests(windows: Windows, least: int = _LEAST_REQUESTS) -> None:
+    """Refuse traces with too few sequences to keep some back.
+
+    Raises
+    ------
+    TraceTooShortError
+        There are fewer than `least`.
+    """
+    count = len(np.unique(windows.request))
+    if count < least:
+        raise TraceTooShortError(
+            f"The traces hold {count} sequence{'' if count == 1 else 's'}; "
+            f"at least {least} are needed, because some are kept back.",
+            "Record more texts.",
+        )
+
+
+def _cut(model: RoutedModel, table: TokenTable, width: int, requests: int) -> Windows:
+    """Sort a trace by request and cut it where positions do not go on, and after every `width` tokens."""
+    order = np.argsort(table.request, kind="stable")
+    request, position = table.request[order].astype(np.int64), table.position[order]
+    ids = np.zeros(len(order), np.int64) if table.token_id is None else table.token_id[order].astype(np.int64)
+    goes_on = np.zeros(len(order), bool)
+    goes_on[1:] = (request[1:] == request[:-1]) & ((position[1:] == position[:-1] + 1) | (position[1:] < 0))
+    starts = np.flatnonzero(~goes_on)
+    lengths = np.diff(np.append(starts, len(order)))
+    within = np.arange(len(order)) - np.repeat(starts, lengths)
+    new = within % width == 0
+    window = np.cumsum(new) - 1
+    count = int(window[-1]) + 1 if len(window) else 0
+    tokens = np.zeros((count, width), np.int64)
+    routes = np.full((count, width, *table.routes.shape[1:]), -1, np.int16)
+    tokens[window, within % width] = np.maximum(ids, 0)
+    routes[window, within % width] = table.routes[order]
+    windows = Windows(model=model, tokens=tokens, request=request[new] + requests, routes=routes)
+    return windows.take(np.flatnonzero(windows.known.any(2).sum(1) >= 2))
