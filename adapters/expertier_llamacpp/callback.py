@@ -240,8 +240,10 @@ class EvalHook:
             if self._step_open:
                 self._end_step()
             self._from, self._begun = self._begun, self._begun + len(routes)
-            assert self._batch is not None  # set by begin()
-            self._phase = self._batch.phase(self._from, self._begun)
+            if self._batch is not None:
+                self._phase = self._batch.phase(self._from, self._begun)
+            else:  # somebody called llama_decode without us: nothing is known of sequences
+                self._phase = "decode" if len(routes) == 1 else "prefill"
             self._manager.begin_step(len(routes), self._phase)
             if self._virtual is not None:
                 self._virtual.begin_step(len(routes), self._phase)
