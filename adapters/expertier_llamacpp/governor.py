@@ -100,6 +100,7 @@ class BudgetGovernor:
         self._resting = min(resting, step.n_ubatch)
         self._tokens = self._resting  # the longest step since memory was last given back
         self._worked = 1  # the longest step ever
+        self._most = largest  # what others allow: see cap()
         self._total = self._measure()
         self._apply(self._resting)
 
@@ -116,8 +117,21 @@ class BudgetGovernor:
                 f"tokens, one token needs {format_bytes(self._smallest)}.",
                 "Raise the memory limit, or lower n_ctx, n_batch and n_ubatch.",
             )
+        self._fits = budget
+        budget = max(self._smallest, min(budget, self._most))
         if budget != self._manager.budget:
             self._manager.resize(budget)
+
+    def cap(self, most: int) -> None:
+        """Use no more than so many bytes from now on, though there may be room for more; called from any thread.
+
+        Raises
+        ------
+        BudgetError
+            The running step may need more, or one token does; nothing is changed.
+        """
+        self._manager.resize(min(most, self._fits))
+        self._most = most
 
     def before(self, tokens: int) -> None:
         """Make room for a step of `tokens` tokens."""

@@ -11,7 +11,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import llama_cpp
@@ -24,6 +24,7 @@ from expertier.catalog.types import Catalog
 from expertier.config import OffloadOptions
 from expertier.errors import BudgetError, ExpertierError, ManagerClosedError, ModelFormatError, UnsupportedOptionError
 from expertier.manager import ManagerConfig, OffloadManager
+from expertier.planning.governor import GovernorSettings, PressureGovernor
 from expertier.planning.memory import memory_left, process_memory
 from expertier.quality.serving import QualityKeeper, read_quality_budget
 from expertier.residency.windows import WindowPool
@@ -244,10 +245,66 @@ class Llama(ExactRequests, llama_cpp.Llama):
                 largest=largest,
                 resting=sequences,
             )
+        self._pressure = self._watch_pressure(options, smallest, largest)
         if self.quality is not None and self.virtual is not None:
             self.quality.attach(self.virtual, lambda: manager.budget, largest, definite=asked is not None)
         self._guard_compute()
         manager.warm_up()
+
+    def _watch_pressure(self, options: OffloadOptions, smallest: int, largest: int) -> PressureGovernor | None:
+        """Start the governor where it was asked for."""
+        if options.governor == "off":
+            return None
+        manager, automatic = self.offload, self._governor
+        limit = memory_left().limit
+        usual = GovernorSettings.usual(
+            smallest=smallest, largest=manager.budget if automatic is None else largest, limit=limit
+        )
+        # Budget "auto" leaves its margin and no more: wanting more than that free would be pressure without end.
+        settings = usual if automatic is None else replace(usual, reserve=min(usual.reserve, _margin(options) // 2))
+        pressure = PressureGovernor(
+            settings,
+            resize=manager.resize if automatic is None else automatic.cap,
+            held=lambda: manager.stats().resident_bytes,
+        )
+        self._closing.insert(0, pressure.close)
+        pressure.start()
+        return pressure
+
+    def resize(self, budget: str | int) -> int:
+        """Change the memory for experts while the model runs, from any thread.
+
+        Parameters
+        ----------
+        budget : str or int
+            As ``expert_budget``; ``"auto"`` only where the model was loaded with it.
+
+        Returns
+        -------
+        int
+            The new budget in bytes, once experts hold no more than that.
+
+        Raises
+        ------
+        BudgetError
+            It is no amount, cannot hold one token's experts, or memory does not leave it; the old one stays in force.
+        """
+        stats, automatic = self.offload.stats(), self._governor
+        asked = parse_budget(budget, stats.total_bytes)
+        if asked is None and automatic is None:
+            raise BudgetError("Budget 'auto' cannot be turned on later.", "Load the model with it, or give an amount.")
+        asked = stats.total_bytes if asked is None else min(asked, stats.total_bytes)
+        if automatic is None and asked > stats.budget_bytes:
+            _check_machine(asked - stats.resident_bytes, 0)
+        change = self.offload.resize if automatic is None else automatic.cap
+        try:
+            change(asked)
+        except BudgetError:  # too little for the running step, or for any
+            with self._use.lock:
+                change(asked)
+        if self._pressure is not None:
+            self._pressure.ask(asked)
+        return self.offload.budget
 
     def _guard_compute(self) -> None:
         """Raise what went wrong inside the graph before anyone looks at the output."""

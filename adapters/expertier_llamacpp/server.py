@@ -32,6 +32,7 @@ import llama_cpp
 import pydantic
 import uvicorn
 from fastapi import Depends, HTTPException, Request
+from fastapi.responses import JSONResponse
 from llama_cpp.server import app as stock_app
 from llama_cpp.server.cli import add_args_from_model, parse_model_from_args
 from llama_cpp.server.model import LlamaProxy
@@ -76,6 +77,9 @@ class _ServedModel(ModelSettings):
     use_mlock: bool = pydantic.Field(default=False, description="Use mlock (for everything but the experts).")
     max_sequences: int = pydantic.Field(
         default=1, ge=1, description="Requests that are computed together; with 1 they are served one after the other."
+    )
+    budget_endpoint: bool = pydantic.Field(
+        default=False, description="Let POST /expertier/budget change the memory for experts while the server runs."
     )
     scheduling: str = pydantic.Field(
         default="fcfs", description=f"Who joins next when more wait: {', '.join(BATCHERS)} (with max_sequences)."
@@ -161,6 +165,11 @@ def create_app(server: ServerSettings, models: Sequence[ModelSettings]) -> FastA
     app.add_api_route(
         "/expertier/stats", _stats, dependencies=[Depends(stock_app.authenticate)], tags=["Expertier"], methods=["GET"]
     )
+    app.state.budget_endpoint = any(getattr(model, "budget_endpoint", False) for model in models)
+    app.add_api_route(
+        "/expertier/budget", _resize, dependencies=[Depends(stock_app.authenticate)], tags=["Expertier"],
+        methods=["POST"], response_model=None,
+    )  # fmt: skip
     return app
 
 
@@ -193,6 +202,30 @@ def _stats(request: Request) -> dict[str, Any]:
     stats |= describe_losses(model.virtual, model.quality)
     engine = getattr(request.app.state, "batch_engine", None)
     return stats if engine is None else {**stats, "engine": engine.stats().as_dict()}
+
+
+class _Budget(pydantic.BaseModel, extra="forbid"):
+    """Body of ``POST /expertier/budget``."""
+
+    budget: str | int
+
+
+def _resize(request: Request, asked: _Budget) -> Any:
+    """Change the memory for experts; answered when they hold no more than that, and requests go on meanwhile."""
+    model = None if stock_app._llama_proxy is None else stock_app._llama_proxy._current_model
+    try:
+        if not request.app.state.budget_endpoint:
+            raise UnsupportedOptionError(
+                "Changing the budget over HTTP is off.", "Turn it on at start: --budget_endpoint true."
+            )
+        if not isinstance(model, Llama):
+            raise HTTPException(503, "No model is loaded.")
+        model.resize(asked.budget)
+    except ExpertierError as error:
+        status = 403 if isinstance(error, UnsupportedOptionError) else 400
+        content = {"type": type(error).__name__, "message": error.problem, "remedy": error.remedy}
+        return JSONResponse({"error": content}, status_code=status)
+    return _stats(request)
 
 
 def _read_config(path: Path) -> OffloadConfigFile:

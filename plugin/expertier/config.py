@@ -47,6 +47,9 @@ class OffloadOptions:
     io_mode: Literal["auto", "direct", "buffered"] = _option("auto", "How experts are read from storage.")
     io_threads: int = _option(2, "Reads in flight at a time.")
     margin: str | int = _option("auto", "Memory budget 'auto' leaves free for the system.")
+    governor: Literal["off", "on"] = _option(
+        "off", "Give experts' memory back under memory pressure, and take it again slowly, instead of being killed."
+    )
     sidecar_dir: str | None = _option(None, "Where the repacked sidecar goes (default: next to the model).")
     trace: str | None = _option(None, "Record the routers' choices into this file; a trace of the model is continued.")
     trace_tokens: Literal["off", "on"] = _option("off", "Record token ids, too: they tell what was read and written.")

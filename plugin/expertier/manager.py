@@ -206,6 +206,7 @@ class OffloadManager:
         self._phase: PhaseCounters = self._stats.decode
         self._sweeping = False  # this step needs most experts of every layer
         self._used = 0
+        self._step_needs = 0  # bytes that a layer of the running step may need
         self._lock = threading.Condition()
         self._admission = threading.Lock()  # one caller at a time waits for room, the others hold complete leases
         self._leases = 0
@@ -265,7 +266,15 @@ class OffloadManager:
             self._phase.steps += 1
             self._phase.tokens += tokens
             self._finished_in_step[:] = False
+            self._step_needs = self._most_needed(tokens)
             self._fill()
+
+    def _most_needed(self, tokens: int) -> int:
+        """Bytes that a layer of a step of so many tokens may need, at most the budget: more would fail anyway."""
+        most = max(
+            min(self._experts[layer], tokens * self._top_k[layer]) * self._slot_bytes[layer] for layer in self._layers
+        )
+        return min(most, self._budget)
 
     def forecast(self, forecast: Forecast) -> None:
         """Say what a step and those after it will probably use, before it begins; only some policies listen.
@@ -286,6 +295,7 @@ class OffloadManager:
     def end_step(self) -> None:
         """End the forward pass: prefetches for layers that did not come are given up."""
         with self._lock:
+            self._step_needs = 0
             self._cancel(np.flatnonzero(self._unclaimed()))
 
     def observe(self, layer: int, routes: ArrayLike) -> None:
@@ -894,16 +904,25 @@ class OffloadManager:
         return experts * self._slot_bytes[layer]
 
     def resize(self, budget: int) -> None:
-        """Change the budget while the engine runs; returns when the pool holds no more than that.
+        """Change the budget while the engine runs, also in the middle of a step, from any thread.
+
+        Returns when the pool holds no more than that.
 
         Raises
         ------
         BudgetError
-            When the new budget cannot hold one token's experts; the old one stays in force.
+            When the new budget cannot hold one token's experts, or what a layer of the running step may need: that step
+            would fail. The old one stays in force, and nothing was evicted.
         """
         self._check_budget(budget)
         with self._admission, self._lock:
             self._check_open()
+            if budget < self._step_needs:
+                raise BudgetError(
+                    f"A budget of {format_bytes(budget)} cannot hold what a layer of the running step may need "
+                    f"({format_bytes(self._step_needs)}).",
+                    "Try again when the step has ended.",
+                )
             self._budget = budget
             try:
                 while self._used > self._budget:

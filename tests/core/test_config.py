@@ -49,6 +49,7 @@ def test_every_option_can_come_from_the_environment(monkeypatch: pytest.MonkeyPa
         "io_mode": "buffered",
         "io_threads": "4",
         "margin": "1GiB",
+        "governor": "on",
         "sidecar_dir": "somewhere",
         "trace": "a file",
         "trace_tokens": "on",
@@ -86,7 +87,9 @@ def test_options_do_not_change() -> None:
 
 
 def test_an_unknown_option_is_refused_with_the_names_that_exist() -> None:
-    with pytest.raises(UnsupportedOptionError, match=r"no option 'buget'.*Options are: budget, config, half_life"):
+    with pytest.raises(
+        UnsupportedOptionError, match=r"no option 'buget'.*Options are: budget, config, governor, half_life"
+    ):
         OffloadOptions.from_mapping({"buget": "1GiB"})
     with pytest.raises(UnsupportedOptionError, match="no option 'bits'"):
         OffloadOptions.from_mapping({"bits": None})

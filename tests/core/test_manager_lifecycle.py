@@ -63,6 +63,23 @@ def test_resize_waits_for_what_a_lease_pins(tmp_path: Path) -> None:
         engine.check()
 
 
+def test_a_resize_below_what_the_running_step_may_need_is_refused_and_nothing_is_lost(tmp_path: Path) -> None:
+    with fake_engine(tmp_path, SHAPES, 8 * SLOT) as engine:
+        engine.manager.begin_step(3, "prefill")
+        lease = engine.manager.acquire(0, [0, 1, 2])
+        with pytest.raises(BudgetError, match="running step may need") as caught:
+            engine.manager.resize(5 * SLOT)  # its three tokens may choose six experts
+        assert "when the step has ended" in caught.value.remedy
+        assert engine.manager.budget == 8 * SLOT and engine.manager.resident(0)[:3].all()
+        lease.release()
+        engine.resize(6 * SLOT)  # what they may choose fits
+        with engine.manager.acquire(1, range(6)):
+            pass
+        engine.manager.end_step()
+        engine.resize(2 * SLOT)
+        engine.check()
+
+
 def test_resize_gives_up_prefetches_of_all_kinds(tmp_path: Path) -> None:
     with fake_engine(tmp_path, SHAPES, 6 * SLOT, io_threads=1) as engine:
         engine.file.hold()

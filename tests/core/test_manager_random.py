@@ -102,7 +102,11 @@ class RandomUse(RuleBasedStateMachine):
 
     @rule(budget=BUDGETS)
     def resize(self, budget: int) -> None:
-        self.engine.resize(budget)
+        before = self.engine.manager.budget
+        try:
+            self.engine.resize(budget)
+        except BudgetError:
+            assert budget < self.engine.manager._step_needs <= before == self.engine.manager.budget
 
     @rule(layer=LAYERS, expert=st.integers(0, 8), times=st.integers(1, 3))
     def break_disk(self, layer: int, expert: int, times: int) -> None:
