@@ -21,6 +21,11 @@ KEY: Final = "expertier"
 """Key of our part in the body of a request: ``{"expertier": {"exact": true}}``."""
 
 
+def asked_for_exactness() -> bool:
+    """Whether the HTTP request that is being answered asked for it."""
+    return _asked.get()
+
+
 class ExactRequests(llama_cpp.Llama):
     """The stock methods with one more argument: ``expert_exact=True`` computes the answer without stand-ins."""
 

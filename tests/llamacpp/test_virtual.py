@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,23 @@ import pytest
 
 from expertier.errors import BudgetError, UnsupportedModelError, UnsupportedOptionError
 from expertier_llamacpp import Llama, ggml, router
+from expertier_llamacpp.batch import BatchEngine, Request, Sampling
 from expertier_llamacpp.callback import EvalHook
 from expertier_llamacpp.exact import wants_exactness
 from expertier_llamacpp.router import ARCHITECTURES as VERIFIED
 from expertier_llamacpp.router import RouterScores, refuse_unknown
-from llamacpp.engines import PROMPT, TEXT, closing, expertier, last_logits, sizes, stock_trace, stock_twin, trace
+from llamacpp.engines import (
+    PROMPT,
+    TEXT,
+    closing,
+    expertier,
+    last_logits,
+    settings,
+    sizes,
+    stock_trace,
+    stock_twin,
+    trace,
+)
 from support.tiny_gguf import ARCHITECTURES, TinySpec
 
 pytestmark = pytest.mark.engine
@@ -323,3 +336,30 @@ def test_hard_mode_needs_room_for_one_token_in_every_layer(tiny_model: TinyModel
 def test_hard_mode_with_groups_of_experts_is_refused(tiny_model: TinyModel) -> None:
     with pytest.raises(UnsupportedOptionError, match="groups of experts"):
         expertier(tiny_model(spec("deepseek2")), "100%", expert_virtual_hard="on")
+
+
+def test_of_sequences_together_one_may_be_exact_whoever_runs_beside_it_and_did_before(tiny_model: TinyModel) -> None:
+    path = tiny_model(spec())
+    prompt = PROMPT[:20]
+    asked = Request(prompt=prompt, max_tokens=12, sampling=Sampling(temperature=0.0))
+
+    def answers(requests: list[Request]) -> list[tuple[int, ...]]:
+        last = {output.index: output.tokens for output in engine.generate(requests) if output.finish_reason is not None}
+        return [last[index] for index in sorted(last)]
+
+    with closing(BatchEngine(str(path), expert_budget=tight(path), expert_repack="off", **settings())) as engine:
+        (expected,) = answers([asked])
+        together = answers([asked] * 3)
+    options = {"expert_budget": tight(path), "expert_repack": "off", **LOSSY}
+    with closing(BatchEngine(str(path), **options, **settings())) as engine:
+        exact = replace(asked, exact=True)
+        assert answers([asked]) != [expected]
+        assert answers([exact]) == [expected]
+        before = engine.llama.virtual.tokens
+        assert answers([asked, exact, asked])[1] == together[1]
+        assert answers([exact, exact, exact]) == together
+        continued = replace(exact, prompt=[*prompt, *answers([asked])[0]])
+        (lossless,) = answers([continued])
+        assert engine.llama.virtual.tokens > before
+    with closing(BatchEngine(str(path), expert_budget=tight(path), expert_repack="off", **settings())) as engine:
+        assert answers([continued]) == [lossless]

@@ -232,7 +232,14 @@ class BatchEngine:
             stream=stream,
         )
         sampler = make_sampler(self.llama, request.sampling)
-        return self.submit_tokens(tokens, sampler, receiver, max_tokens=request.max_tokens, priority=request.priority)
+        return self.submit_tokens(
+            tokens,
+            sampler,
+            receiver,
+            max_tokens=request.max_tokens,
+            priority=request.priority,
+            exact=request.exact,
+        )
 
     def submit_tokens(
         self,
@@ -242,6 +249,7 @@ class BatchEngine:
         *,
         max_tokens: int | None = None,
         priority: int = 0,
+        exact: bool = False,
     ) -> ActiveSequence:
         """Queue a prompt in tokens with a sampler and a receiver of one's own; see :meth:`submit`."""
         if not tokens:
@@ -256,9 +264,8 @@ class BatchEngine:
         wrong = [token for token in tokens if not 0 <= token < self.llama.n_vocab()]
         if wrong:
             raise RequestError(f"Token {wrong[0]} is not one of the {self.llama.n_vocab()} of the model.")
-        sequence = ActiveSequence(
-            tokens, sampler, receiver, most=left if max_tokens is None else min(max_tokens, left), priority=priority
-        )
+        most = left if max_tokens is None else min(max_tokens, left)
+        sequence = ActiveSequence(tokens, sampler, receiver, most=most, priority=priority, exact=exact)
         with self._work:
             self._check_open()
             self._loop.add(sequence)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import threading
 from dataclasses import replace
 from typing import Any
@@ -56,6 +57,7 @@ class StepLoop:
             self._routes = RouteLog(self._layers, max(layer.top_k for layer in llama.catalog.layers))
             llama._hook.listener = self._routes.note
         self._context: Any = llama._ctx
+        self._virtual = llama.virtual
         params: Any = llama.context_params
         self.max_sequences = int(params.n_seq_max)
         self.n_ctx = int(llama.n_ctx())
@@ -162,8 +164,10 @@ class StepLoop:
             taken = self._room.take(sequence.tokens)
             assert taken is not None, "a slot for every sequence that may run"
             sequence.slot, sequence.computed = taken
+            if sequence.exact and self._virtual is not None and self._virtual.stood_in:
+                sequence.computed = self._cut(sequence, 0)  # what others left may have been computed with stand-ins
             self._stats.reused_tokens += sequence.computed
-            sequence.behind = self._find_leader(sequence)
+            sequence.behind = None if sequence.exact else self._find_leader(sequence)
             del self._waiting[sequence.number]
             self._running.append(sequence)
             self._admission.joined(sequence.number)
@@ -262,8 +266,12 @@ class StepLoop:
         tokens = self._batch.n_tokens()
         if self._routes is not None:
             self._routes.begin(self._batch.wanted_rows(), tokens)
+        exactly: Any = contextlib.nullcontext()
+        if self._virtual is not None and any(sequence.exact for sequence, _ in parts):
+            exactly = self._virtual.exactly()
         try:
-            self._context.decode(self._batch)
+            with exactly:
+                self._context.decode(self._batch)
         except BaseException as error:
             for sequence, _ in parts:
                 sequence.computed = self._cut(sequence, sequence.computed)

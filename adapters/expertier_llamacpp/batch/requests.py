@@ -53,6 +53,8 @@ class Request:
         How tokens are chosen.
     priority : int
         Smaller goes first among those that wait.
+    exact : bool
+        No stand-ins for absent experts in steps that compute it, whoever runs beside it.
     """
 
     prompt: str | Sequence[int]
@@ -60,6 +62,7 @@ class Request:
     stop: Sequence[str] = ()
     sampling: Sampling = field(default_factory=Sampling)
     priority: int = 0
+    exact: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

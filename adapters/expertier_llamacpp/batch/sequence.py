@@ -51,6 +51,8 @@ class ActiveSequence:
         Most tokens of output.
     priority : int
         Smaller goes first among those that wait.
+    exact : bool
+        No stand-ins for absent experts in steps that compute it.
 
     Attributes
     ----------
@@ -67,12 +69,20 @@ class ActiveSequence:
     """
 
     def __init__(
-        self, tokens: Sequence[int], sampler: Sampler, receiver: Receiver, *, most: int, priority: int = 0
+        self,
+        tokens: Sequence[int],
+        sampler: Sampler,
+        receiver: Receiver,
+        *,
+        most: int,
+        priority: int = 0,
+        exact: bool = False,
     ) -> None:
         self.number = next(_numbers)
         self.tokens = list(tokens)
         self.prompt_length = len(self.tokens)
         self.priority = priority
+        self.exact = exact
         self.computed = 0
         self.slot: int | None = None
         self.behind: tuple[ActiveSequence, int] | None = None

@@ -22,6 +22,7 @@ from expertier.errors import ContextFullError, RequestCancelledError, RequestErr
 from expertier_llamacpp.batch.engine import BatchEngine
 from expertier_llamacpp.batch.requests import FinishReason
 from expertier_llamacpp.batch.sequence import ActiveSequence
+from expertier_llamacpp.exact import asked_for_exactness
 
 _UNREAD = 64  # tokens computed ahead of whoever reads them
 
@@ -40,6 +41,7 @@ class RequestView(StockLlama):
     def __init__(self, engine: BatchEngine, seed: int) -> None:
         self.__dict__.update(engine.llama.__dict__)
         self._engine = engine
+        self._exact = asked_for_exactness()
         self._seed = seed
         self._sampler: Any = None
         self.cache = None
@@ -74,7 +76,7 @@ class RequestView(StockLlama):
         if self._keep_scores:
             self.scores = np.zeros((self._engine.n_ctx + 1, self._n_vocab), np.single)
         inbox = _Inbox(self._most if self._most > 0 else self._engine.n_ctx, self)
-        sequence = self._engine.submit_tokens(prompt, self, inbox)
+        sequence = self._engine.submit_tokens(prompt, self, inbox, exact=self._exact)
         self._sequences.append(sequence)
         try:
             if self._gone:
