@@ -5,7 +5,10 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import numpy as np
+
 from expertier.manager import Phase
+from expertier.routing import Span
 
 
 class BatchTokens:
@@ -45,3 +48,27 @@ class BatchTokens:
             return "prefill"
         sequences = self.sequences[start:stop]
         return "decode" if len(set(sequences)) == len(sequences) else "prefill"
+
+    def spans(self) -> list[Span]:
+        """Neighbouring rows of one sequence with neighbouring positions.
+
+        A batch made by ``llama_batch_get_one`` has neither positions nor sequences (llama.cpp counts them itself): its
+        tokens belong to nobody we know.
+        """
+        batch, count = self._batch, self.count
+        if not batch.pos or not batch.seq_id:
+            return [Span(key=None, position=0, tokens=None)] * count
+        if count == 1:
+            tokens = [batch.token[0]] if batch.token else None
+            return [Span(key=batch.seq_id[0][0], position=batch.pos[0], tokens=tokens)]
+        sequences, positions = np.array(self.sequences), np.array(batch.pos[:count])
+        ids = batch.token[:count] if batch.token else None
+        cuts = (np.flatnonzero((np.diff(sequences) != 0) | (np.diff(positions) != 1)) + 1).tolist()
+        return [
+            Span(
+                key=int(sequences[start]),
+                position=int(positions[start]),
+                tokens=None if ids is None else ids[start:stop],
+            )
+            for start, stop in zip([0, *cuts], [*cuts, count], strict=True)
+        ]

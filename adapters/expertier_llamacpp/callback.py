@@ -34,7 +34,6 @@ from expertier_llamacpp.gate_input import GateInput
 from expertier_llamacpp.ggml import MEMORY, NAME_OFFSET, OP_OFFSET, SRC_OFFSET, WORDS
 from expertier_llamacpp.router import RouterScores, write_ids
 from expertier_llamacpp.signals import HeldSignals
-from expertier_llamacpp.spans import spans_of
 
 if TYPE_CHECKING:
     from expertier.routing import AheadLoader
@@ -153,7 +152,7 @@ class EvalHook:
         if self._ahead is not None and self._ahead.follows_tokens:
             decode = bool(rows.count) and rows.phase(0, rows.count) == "decode"
             stand_ins = self._virtual is not None and self._virtual.allowed("decode")
-            self._ahead.begin(spans_of(batch), decode=decode and not self._quiet and not stand_ins)
+            self._ahead.begin(rows.spans(), decode=decode and not self._quiet and not stand_ins)
         self.compute_node = 0
         self._previous_layer = self._owed_layer = -1
         self._stopped_at = 0

@@ -20,7 +20,7 @@ from expertier.routing.saved import load, save
 from expertier.routing.trace import read_trace
 from expertier.routing.train import train
 from expertier.routing.windows import read_windows
-from support.predictors import lawful_trace, lawful_windows
+from support.lawful import lawful_trace, lawful_windows
 from support.tiny_gguf import TinySpec
 
 Invoke = Callable[..., Result]

@@ -27,7 +27,7 @@ from expertier.routing.saved import MANIFEST, Trained, load, load_predictor, sav
 from expertier.routing.table import TableScorer, count_layers
 from expertier.routing.train import TrainSettings, report, train
 from expertier.routing.windows import Windows
-from support.predictors import VOCABULARY, lawful_text, lawful_windows, routed_model
+from support.lawful import VOCABULARY, lawful_text, lawful_windows, routed_model
 
 torch = pytest.importorskip("torch")
 

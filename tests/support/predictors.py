@@ -1,77 +1,108 @@
-"""Routes made up so that it is known what a predictor can learn of them."""
+"""Predictors that tests can rely on to be right, wrong or broken."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from expertier.routing.predictor import RoutedModel
-from expertier.routing.recorder import TraceRecorder
-from expertier.routing.trace import Trace, TraceHeader, read_trace
-from expertier.routing.windows import Windows
-from support.traces import header
-
-VOCABULARY = 12
+from expertier.routing.predictor import HORIZONS, Forecast, RoutedModel
 
 
-def routed_model(layers: int = 3, experts: int = 8, top_k: int = 2, **fields: str) -> RoutedModel:
-    """A model of equal layers, the one of :func:`support.traces.header`."""
-    return RoutedModel(
-        layers=tuple(range(layers)),
-        experts=(experts,) * layers,
-        top_k=(top_k,) * layers,
-        fingerprint=fields.pop("fingerprint", "f" * 64),
-        **fields,
-    )
+class FixedPredictor:
+    """Says the same chances for every token, and writes down what it is told.
 
-
-def lawful_text(
-    tokens: int, seed: int = 0, layers: int = 3, experts: int = 8
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Tokens at random, and routes of two experts that follow from them.
-
-    The first expert of a layer follows from the token; the second one from the token before, so that only who reads in
-    order knows it.
+    Parameters
+    ----------
+    model : RoutedModel
+        The model.
+    chances : array_like of float, shape (layers, experts)
+        What it says.
     """
-    dice = np.random.default_rng(seed)
-    text = dice.integers(0, VOCABULARY, tokens)
-    before = np.concatenate([[0], text[:-1]])
-    half = experts // 2
-    layer = np.arange(layers)
-    routes = np.stack([(text[:, None] + layer) % half, half + (before[:, None] + 2 * layer) % half], 2)
-    return text, routes
+
+    name = "fixed"
+
+    def __init__(self, model: RoutedModel, chances: Any) -> None:
+        self.model = model
+        self.chances = np.asarray(chances, np.float32)
+        self.sequences: dict[int, list[int]] = {}
+        self.observed: list[tuple[int, int, list[Any]]] = []
+        self.forgotten: list[int] = []
+        self._passed = np.zeros(len(model.layers), bool)
+
+    def forecast(self, sequence: int, tokens: NDArray[np.int64], *, start: int | None = None) -> Forecast:
+        known = self.sequences.setdefault(sequence, [])
+        if start is not None:
+            assert start <= len(known), "the tokens between are missing"
+            del known[start:]
+        known.extend(tokens.tolist())
+        self._passed[:] = False
+        return Forecast(now=self.chances, soon=np.stack([self.chances] * len(HORIZONS)))
+
+    def observe(self, sequence: int, layer: int, routes: NDArray[np.int64]) -> None:
+        self.observed.append((sequence, layer, routes.tolist()))
+        self._passed[self.model.position[layer]] = True
+
+    def refine(self, sequence: int, scores: Mapping[int, NDArray[np.float32]] | None = None) -> NDArray[np.float32]:
+        return np.where(self._passed[:, None], np.float32(0), self.chances)
+
+    def forget(self, sequence: int) -> None:
+        self.forgotten.append(sequence)
+        self.sequences.pop(sequence, None)
 
 
-def lawful_windows(count: int = 40, width: int = 32, seed: int = 0, **fields: str) -> Windows:
-    """Sequences of lawful text, one in each window."""
-    pairs = [lawful_text(width, seed=seed * 1000 + number) for number in range(count)]
-    return Windows(
-        model=routed_model(**fields),
-        tokens=np.stack([text for text, _ in pairs]),
-        request=np.arange(count),
-        routes=np.stack([routes for _, routes in pairs]).astype(np.int16),
-    )
+class WrongPredictor(FixedPredictor):
+    """Is sure, at every layer, that the experts chosen least recently come next: the opposite of what is likely."""
+
+    name = "wrong"
+
+    def __init__(self, model: RoutedModel) -> None:
+        super().__init__(model, np.ones(model.shape))
+        self._last = np.zeros(model.shape)
+        self._now = 0
+
+    def forecast(self, sequence: int, tokens: NDArray[np.int64], *, start: int | None = None) -> Forecast:
+        self._now += 1
+        oldest = np.argsort(self._last, axis=1)[:, : self.model.top_k[0]]
+        self.chances = np.zeros(self.model.shape, np.float32)
+        np.put_along_axis(self.chances, oldest, 1.0, axis=1)
+        return super().forecast(sequence, tokens, start=start)
+
+    def observe(self, sequence: int, layer: int, routes: NDArray[np.int64]) -> None:
+        super().observe(sequence, layer, routes)
+        self._last[self.model.position[layer], routes.ravel()] = self._now
 
 
-def lawful_trace(
-    path: Path, *, requests: int = 12, tokens: int = 24, seed: int = 0, ids: bool = True, **fields: object
-) -> Trace:
-    """Record lawful text: the first tokens of each request as a prompt, the others one by one."""
-    shape: TraceHeader = header(3, 8, 2, tokens=ids, **fields)
-    with TraceRecorder(path, shape) as recorder:
-        for request in range(requests):
-            text, routes = lawful_text(tokens, seed=seed * 1000 + request)
-            steps = [(0, min(4, tokens))] + [(at, at + 1) for at in range(4, tokens)]
-            for start, stop in steps:
-                recorder.begin_step(
-                    "decode" if stop - start == 1 else "prefill",
-                    requests=request,
-                    positions=np.arange(start, stop),
-                    token_ids=text[start:stop] if ids else None,
-                )
-                for place in range(3):
-                    recorder.record(place, routes[start:stop, place])
-                recorder.end_step()
-    return read_trace(path)
+class BrokenPredictor(FixedPredictor):
+    """Fails when it is asked for the so-manyth time."""
+
+    name = "broken"
+
+    def __init__(self, model: RoutedModel, *, at: str = "forecast", calls: int = 1) -> None:
+        super().__init__(model, np.ones(model.shape))
+        self._at = at
+        self._left = calls
+
+    def _call(self, name: str) -> None:
+        if name == self._at:
+            self._left -= 1
+            if self._left <= 0:
+                raise FloatingPointError("a weight is not a number")
+
+    def forecast(self, sequence: int, tokens: NDArray[np.int64], *, start: int | None = None) -> Forecast:
+        self._call("forecast")
+        return super().forecast(sequence, tokens, start=start)
+
+    def observe(self, sequence: int, layer: int, routes: NDArray[np.int64]) -> None:
+        self._call("observe")
+        super().observe(sequence, layer, routes)
+
+    def refine(self, sequence: int, scores: Mapping[int, NDArray[np.float32]] | None = None) -> NDArray[np.float32]:
+        self._call("refine")
+        return super().refine(sequence, scores)
+
+    def forget(self, sequence: int) -> None:
+        self._call("forget")
+        super().forget(sequence)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from expertier.routing import read_trace
+from expertier.routing.trace_format import PREFILL
 from support.tiny_hf import HfSpec
 from support.vllm_process import engine, run
 
@@ -19,6 +20,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
 SPEC = HfSpec(layers=4)
 SETTINGS = {"max_num_batched_tokens": 32, "max_num_seqs": 4, "enable_prefix_caching": True}
 PREFIX = list(range(5, 140))  # longer than a block of the KV cache, which has 128 tokens
+GIVEN = [(list(range(100, 130)), 9), ([7, 3, 3, 9, 250], 1)]
 PROMPTS = [[*PREFIX, 7], list(range(40)), [3], [*PREFIX, 9, 11]]
 
 
@@ -60,6 +62,28 @@ def all_answers(model: str, folder: str) -> dict[str, Any]:
     with engine(model, "100%", expertier=options, **SETTINGS) as llm:
         outcome["recorded"] = answers(llm)
     return outcome
+
+
+def followed(model: str, trace: str) -> list[int]:
+    """Feed given tokens; return the steps each text took."""
+    from expertier_vllm.adapter import VllmSession
+    from expertier_vllm.offline import open_engine
+
+    options = {"budget": "50%", "trace": trace, "trace_tokens": "on"}
+    llm = open_engine(
+        Path(model),
+        options,
+        context=128,
+        step_tokens=64,
+        requests=1,
+        cache_bytes=64 << 20,
+        processors=("expertier_vllm.given:GivenTokens",),
+    )
+    session = VllmSession(llm)
+    steps = [sum(1 for _ in session.follow(text, prompt=prompt)) for text, prompt in GIVEN]
+    session.note({"domains": ["a", "b"]})
+    session.close()
+    return steps
 
 
 @pytest.fixture(scope="module")
@@ -105,3 +129,19 @@ def test_a_trace_has_every_computed_token_in_every_layer(outcome: Any, folder: P
     for tokens in known.values():
         assert any(all(text[place : place + 1] == [token] for place, token in tokens.items()) for text in texts)
     assert len(known) == len(PROMPTS)
+
+
+def test_given_tokens_are_computed_one_by_one_whatever_the_model_would_have_said(
+    checkpoint: Callable[[HfSpec], Path], folder: Path
+) -> None:
+    assert run(followed, str(checkpoint(SPEC)), str(folder / "given.trace"), timeout=300) == [22, 5]
+    trace = read_trace(folder / "given.trace", least_tokens=2)
+    requests: dict[int, list[int]] = {}
+    phases: list[int] = []
+    for block in trace.blocks():
+        phases += block.phase.tolist()
+        for request, token in zip(block.request.tolist(), block.token_id.tolist(), strict=True):
+            requests.setdefault(request, []).append(token)
+    assert list(requests.values()) == [text for text, _ in GIVEN]
+    assert phases.count(PREFILL) == 1, "a prompt of one token is a step like any other"
+    assert trace.notes["domains"] == ["a", "b"]
