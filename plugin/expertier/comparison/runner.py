@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from expertier.cli.engines import Adapter
 
 _POLL_SECONDS = 0.1
+# What decides about memory and stand-ins makes no difference to files that are made once per model.
+_NOT_PREPARED = {"budget", "quality_budget", "virtual_bias", "virtual_protect", "virtual_prefill", "virtual_hard"}
 _OPTION_PREFIX = "EXPERTIER_"
 _REFUSAL = re.compile(r"\bexpertier\.errors\.(\w+): (.+)")
 
@@ -127,7 +129,7 @@ class Runner:
         """
         prepared: list[dict[str, Any]] = []
         for arm in arms:
-            settings = {name: value for name, value in arm.settings.items() if name != "budget"}
+            settings = {name: value for name, value in arm.settings.items() if name not in _NOT_PREPARED}
             if arm.ours and settings not in prepared:
                 prepared.append(settings)
                 on_start(arm, -1)
