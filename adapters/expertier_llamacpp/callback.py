@@ -245,7 +245,8 @@ class EvalHook:
                 self._phase = "decode" if len(routes) == 1 else "prefill"
             self._manager.begin_step(len(routes), self._phase)
             if self._virtual is not None:
-                self._virtual.begin_step(len(routes), self._phase)
+                # The last micro-batch of a prompt may be a single token.
+                self._virtual.begin_step(len(routes), batch.phase(0, batch.count))
             if self._recording is not None:
                 self._recording.begin_step(len(routes), self._phase)
             self._step_open = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Final
@@ -42,6 +42,14 @@ class ExactRequests(llama_cpp.Llama):
     def create_chat_completion(self, *args: Any, expert_exact: bool = False, **kwargs: Any) -> Any:
         """As the stock method; with `expert_exact` the answer is the stock engine's."""
         return self._answer(super().create_chat_completion, expert_exact, args, kwargs)
+
+    def eval(self, tokens: Sequence[int]) -> None:
+        """As the stock method. A prompt is computed without stand-ins, also where its last batch is one token."""
+        if self.virtual is None or self.virtual.settings.prefill or len(tokens) <= 1:
+            super().eval(tokens)
+            return
+        with self.virtual.exactly():
+            super().eval(tokens)
 
     def _answer(self, stock: Callable[..., Any], exact: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.virtual is None or not (exact or _asked.get()):

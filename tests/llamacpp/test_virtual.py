@@ -184,6 +184,20 @@ def test_a_prompt_is_exact_unless_asked(tiny_model: TinyModel) -> None:
     assert prompts["off"] == expected != prompts["on"]
 
 
+@pytest.mark.parametrize("changes", [{"n_ubatch": 8}, {"n_ubatch": 8, "n_batch": 8}])
+def test_a_prompt_whose_last_batch_is_one_token_is_exact_to_the_end(
+    tiny_model: TinyModel, changes: dict[str, Any]
+) -> None:
+    path = tiny_model(spec())
+    assert len(PROMPT) % 8 == 1
+    (expected,) = stock_trace(path, steps=0, **changes)
+    with closing(expertier(path, tight(path), expert_virtual_bias=2, **changes)) as llm:
+        llm.eval(PROMPT)
+        assert last_logits(llm).tobytes() == expected
+        assert llm.virtual is not None
+        assert llm.virtual.tokens == 0
+
+
 def test_the_bias_can_be_turned_down_to_exactness_and_up_again(tiny_model: TinyModel) -> None:
     path = tiny_model(spec())
     expected = stock_trace(path)
