@@ -206,6 +206,19 @@ def test_without_paths_requests_join_in_order():
     assert take(admission, 3) == [0, 1, 2]
 
 
+def test_a_crowd_of_prompts_nobody_knows_does_not_keep_others_from_being_known():
+    admission = Admission(make_batcher("similarity"), taught_book())
+    for request in range(40):
+        admission.arrive(request, [100 + request])
+    admission.arrive("runs", [1])
+    admission.joined("runs")
+    admission.observe(["runs"], np.array([1]), np.array([[[6, 7]] * LAYERS]))
+    admission.arrive("like it", [3, 5])
+    for _ in range(4):
+        proposed = admission.propose(1)
+    assert proposed == ["like it"]
+
+
 class Raising:
     name = "raising"
 

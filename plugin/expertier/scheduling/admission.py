@@ -298,7 +298,7 @@ class Admission:
         known = self.book.known_tokens
         left = _REFRESH_AT_A_TIME
         for entry in free:
-            if entry.path is None or known > entry.learned * _REFRESH_GROWTH:
+            if known > entry.learned * _REFRESH_GROWTH:
                 entry.path = self.book.of_waiting(entry.request, entry.tokens)
                 entry.learned = known
                 left -= 1
