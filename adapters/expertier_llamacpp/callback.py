@@ -246,7 +246,8 @@ class EvalHook:
             self._manager.begin_step(len(routes), self._phase)
             if self._virtual is not None:
                 # The last micro-batch of a prompt may be a single token.
-                self._virtual.begin_step(len(routes), batch.phase(0, batch.count))
+                whole = self._phase if self._batch is None else self._batch.phase(0, self._batch.count)
+                self._virtual.begin_step(len(routes), whole)
             if self._recording is not None:
                 self._recording.begin_step(len(routes), self._phase)
             self._step_open = True
