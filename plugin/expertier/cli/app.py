@@ -252,7 +252,13 @@ def profile(
         Path | None,
         typer.Option("--out", help="Trace to write or to continue. \\[default: in the cache directory]"),
     ] = None,
-    engine: Engine = "llamacpp",
+    engine: Annotated[
+        str,
+        typer.Option(
+            "--engine",
+            help="Engine, by the name of its adapter; or 'transformers': whole texts at once, without a budget.",
+        ),
+    ] = "llamacpp",
     tokens: Annotated[int, typer.Option("--tokens", min=2, help="Most tokens to read.")] = 20_000,
     per_text: Annotated[int, typer.Option("--tokens-per-text", min=2, help="Most tokens of one text.")] = 256,
     prompt: Annotated[

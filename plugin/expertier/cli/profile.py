@@ -20,6 +20,8 @@ from expertier.catalog import read_catalog
 from expertier.catalog.types import Catalog
 from expertier.cli.engines import EngineSettings, get_adapter
 from expertier.cli.options import print_json
+from expertier.cli.profile_checkpoint import ENGINE as CHECKPOINT
+from expertier.cli.profile_checkpoint import read_checkpoint
 from expertier.comparison.prompts import Text, read_texts
 from expertier.config import OffloadOptions
 from expertier.errors import ExpertierError, UnsupportedEngineError, UnsupportedOptionError
@@ -103,7 +105,7 @@ class Measured:
 def profile(request: ProfileRequest) -> None:
     """Feed texts token by token and record the routes."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    adapter = get_adapter(request.engine)
+    adapter = None if request.engine == CHECKPOINT else get_adapter(request.engine)
     if not request.texts:
         raise UnsupportedOptionError(
             "There is no text to profile with.", "Name files with --text, of the kind the model will see."
@@ -115,6 +117,19 @@ def profile(request: ProfileRequest) -> None:
     catalog = read_catalog(request.model)
     given = Path(request.options.trace) if request.options.trace else None
     out = request.out or given or trace_path(catalog)
+    if adapter is None:
+        with _progress(request.tokens) as advance:
+            read_checkpoint(
+                catalog,
+                out,
+                [text.text[: request.per_text * _CHARACTERS_PER_TOKEN] for text in texts],
+                tokens=request.tokens,
+                per_text=request.per_text,
+                token_ids=request.options.trace_tokens == "on",
+                advance=advance,
+            )
+        _report(request, out, None)
+        return
     settings = replace(request.settings, n_ctx=request.settings.n_ctx or request.per_text)
     session = adapter.open(request.model, replace(request.options, trace=str(out)), settings)
     try:
@@ -222,7 +237,7 @@ def expert_share(catalog: Catalog) -> float:
     return experts / (experts + catalog.other_bytes)
 
 
-def _report(request: ProfileRequest, out: Path, stats: Stats) -> None:
+def _report(request: ProfileRequest, out: Path, stats: Stats | None) -> None:
     trace = read_trace(out, least_tokens=2)
     size = out.stat().st_size
     if request.as_json:
@@ -235,7 +250,7 @@ def _report(request: ProfileRequest, out: Path, stats: Stats) -> None:
                 "requests": trace.counts.requests,
                 "token_ids": trace.header.tokens,
                 "notes": trace.notes,
-                "stats": stats.as_dict(),
+                "stats": None if stats is None else stats.as_dict(),
             }
         )
         return
@@ -244,10 +259,9 @@ def _report(request: ProfileRequest, out: Path, stats: Stats) -> None:
         f"{out}: {trace.counts.tokens} tokens of {trace.counts.requests} texts, {format_bytes(size)}, "
         f"{'with' if trace.header.tokens else 'without'} token ids, no text"
     )
-    ratio = stats.decode.hit_ratio
-    console.print(
-        f"[dim]hits while recording {100 * ratio:.1f} %; next: expertier simulate {out} / expertier report {out}[/]"
-    )
+    hits = "" if stats is None else f"hits while recording {100 * stats.decode.hit_ratio:.1f} %; "
+    train = f" / expertier train {out}" if trace.header.tokens else ""
+    console.print(f"[dim]{hits}next: expertier simulate {out} / expertier report {out}{train}[/]")
 
 
 @contextmanager
