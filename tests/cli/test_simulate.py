@@ -14,8 +14,12 @@ from typer.testing import Result
 from expertier.cli.profile import Measured
 from expertier.errors import ExpertierError
 from expertier.routing.recorder import TraceRecorder
+from expertier.routing.saved import save
+from expertier.routing.train import train
+from expertier.routing.windows import read_windows
 from expertier.simulation import sweep
 from expertier.simulation.sweep import read_simulation
+from support.lawful import lawful_trace
 from support.tiny_gguf import TinySpec
 from support.traces import header, skewed_routes, write_trace
 
@@ -55,6 +59,29 @@ def test_a_simulation_has_every_policy_at_every_budget_and_belady_besides(
     assert len(read_simulation(out / "simulation.json").arms) == 8
 
 
+def test_a_trained_predictor_tells_the_policy_and_loads_ahead(
+    invoke_json: Callable[..., Any], invoke: Invoke, tmp_path: Path, trace: Path
+) -> None:
+    lawful = lawful_trace(tmp_path / "lawful.trace")
+    windows, _ = read_windows([lawful], width=12)
+    save(tmp_path / "predictor", train(windows, tokens=False)[0])
+    arguments = (
+        "--budget", "50%", "--policy", "predictive", "--policy", "lru", "--predictor", tmp_path / "predictor",
+        "--bandwidth", "1MB/s", "--compute-ms", "20", "--jobs", "1",
+    )  # fmt: skip
+    result = invoke_json("simulate", lawful.path, *arguments, "--prefetch", "blend", "--out", tmp_path / "out")
+    forecast, _, loading, belady = result["simulation"]["arms"]
+    assert [arm["label"] for arm in (forecast, loading)] == ["predictive by blend", "predictive + blend"]
+    assert forecast["hit_ratio"] < belady["hit_ratio"]
+    assert loading["ahead_share"] > 0.05
+    assert loading["prefetch_seconds"] < forecast["seconds"]["demand"]
+    alone = invoke_json("simulate", lawful.path, "--budget", "50%", "--policy", "predictive", "--jobs", "1")
+    assert alone["simulation"]["arms"][0]["hit_ratio"] != forecast["hit_ratio"]
+    refused = invoke("simulate", trace, *arguments)
+    assert refused.exit_code == 2
+    assert "was trained for" in refused.stderr
+
+
 def test_several_processes_find_what_one_finds(
     invoke_json: Callable[..., Any], tmp_path: Path, trace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -86,6 +113,11 @@ def test_the_table_says_what_share_of_the_gap_a_policy_closes(invoke: Invoke, tm
         (("--policy", "lfu:x"), "not a half-life"),
         (("--prefetch", "magic", "--bandwidth", "1GB", "--compute-ms", "1"), "no predictor 'magic'"),
         (("--prefetch", "perfect"), "speeds are unknown"),
+        (("--prefetch", "blend"), "--predictor"),
+        (("--prefetch", "lookahead"), "Give --model"),
+        (("--prefetch", "path+perfect"), "no predictor 'perfect'"),
+        (("--prefetch", "path+table"), "names two trained predictors"),
+        (("--policy", "predictive", "--predictor", "nowhere"), "no trained predictor"),
     ],
 )
 def test_what_cannot_be_simulated_is_refused_in_words(

@@ -13,13 +13,19 @@ import pytest
 
 from expertier.catalog.gguf import read_layout, read_tensor
 from expertier.errors import TraceMismatchError
+from expertier.manager import OffloadManager
+from expertier.routing.gate import GainGate
+from expertier.routing.predictor import Forecast, RoutedModel
 from expertier.routing.trace import read_trace
 from expertier.simulation import load_events, replay
+from expertier.simulation.loads import AdapterLoads
+from support.predictors import FixedPredictor
 from support.tiny_gguf import TinySpec
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before libgomp is loaded
 llama_cpp = pytest.importorskip("llama_cpp")
 Llama = pytest.importorskip("expertier_llamacpp").Llama
+llama_module = pytest.importorskip("expertier_llamacpp.llama")
 pytestmark = pytest.mark.engine
 TinyModel = Callable[[TinySpec], Path]
 
@@ -64,6 +70,46 @@ def test_hits_misses_and_bytes_are_exactly_the_engines(
     assert (found.hits, found.requests) == (stats.decode.ready_hits + stats.decode.late, stats.decode.requests)
     assert found.misses.sum() == stats.decode.misses > 0
     assert found.bytes_read.sum() == stats.bytes_read
+
+
+def test_with_a_predictor_the_policy_evicts_in_the_simulator_what_it_evicts_in_the_engine(
+    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forecasts come from the tokens alone, so both hear the same."""
+    monkeypatch.setattr(
+        llama_module,
+        "open_predictor",
+        lambda option, catalog, places: HashPredictor.of(RoutedModel.of_catalog(catalog)),
+    )
+    monkeypatch.setattr(llama_module, "gate_mode", lambda lookahead, predictor: "off")
+    path = tmp_path / "trace"
+    llama = decode(tiny_model(SPEC), path, budget="40%", policy="predictive", expert_trace_tokens="on")
+    stats = llama.offload.stats()
+    llama.close()
+    events = load_events(read_trace(path))
+
+    def forecasts(manager: OffloadManager) -> AdapterLoads:
+        predictor = HashPredictor.of(RoutedModel.of_trace(events.header))
+        return AdapterLoads(events, manager, predictor=predictor, gate=GainGate("off"), load=False)
+
+    found = replay(events, "predictive", stats.budget_bytes, forecasts=forecasts)
+    assert found.misses.sum() == stats.decode.misses
+    assert found.bytes_read.sum() == stats.bytes_read
+    assert found.misses.sum() != replay(events, "predictive", stats.budget_bytes).misses.sum(), "it was listened to"
+
+
+class HashPredictor(FixedPredictor):
+    """Says something else for every token, nothing of it bold enough to be found wrong soon."""
+
+    @classmethod
+    def of(cls, model: RoutedModel) -> HashPredictor:
+        return cls(model, np.zeros(model.shape))
+
+    def forecast(self, sequence: int, tokens: Any, *, start: int | None = None) -> Forecast:
+        super().forecast(sequence, tokens, start=start)
+        dice = np.random.default_rng(int(tokens[-1]))
+        now = dice.uniform(0.1, 0.15, self.model.shape).astype(np.float32)
+        return Forecast(now=now, soon=np.stack([now, 2 * now, 4 * now]))
 
 
 @pytest.mark.parametrize("architecture", ["qwen3moe", "olmoe", "llama", "qwen2moe"])

@@ -456,7 +456,15 @@ def simulate(
     ] = None,
     prefetch: Annotated[
         list[str] | None,
-        typer.Option("--prefetch", help="Also load ahead of need with the first policy: perfect, perfect4, previous."),
+        typer.Option(
+            "--prefetch",
+            help="Also load ahead of need with the first policy: by the oracles perfect and perfect4, the control "
+            "previous, or what an engine has: blend, path, table, tokens, lookahead, or two as in blend+lookahead.",
+        ),
+    ] = None,
+    predictor: Annotated[
+        Path | None,
+        typer.Option("--predictor", help="What `expertier train` has written; also tells the policy 'predictive'."),
     ] = None,
     model: Annotated[
         Path | None, typer.Option("--model", help="Measure the storage of this model, which must be the trace's.")
@@ -489,6 +497,7 @@ def simulate(
             budgets=tuple(budget or ()),
             policies=tuple(policy or ()),
             predictors=tuple(prefetch or ()),
+            predictor=predictor,
             model=model,
             bandwidth=bandwidth,
             latency_us=latency_us,

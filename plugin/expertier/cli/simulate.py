@@ -23,6 +23,7 @@ from expertier.planning.calibrate import measure_disk
 from expertier.routing import Trace, read_trace
 from expertier.simulation.events import load_events
 from expertier.simulation.figure import draw_simulation
+from expertier.simulation.predicted import Sources
 from expertier.simulation.sweep import BELADY, ArmResult, Simulation, plan_arms, sweep
 from expertier.simulation.timing import Timing
 
@@ -42,6 +43,7 @@ class SimulateRequest:
     budgets: tuple[str, ...]
     policies: tuple[str, ...]
     predictors: tuple[str, ...]
+    predictor: Path | None
     model: Path | None
     bandwidth: str | None
     latency_us: float | None
@@ -58,7 +60,8 @@ def simulate(request: SimulateRequest) -> None:
     trace = read_trace(request.trace, partial=request.partial)
     header = trace.header
     budgets = [(text, _budget(text, header.total_bytes)) for text in request.budgets or USUAL_BUDGETS]
-    arms = plan_arms(budgets, request.policies or USUAL_POLICIES, request.predictors)
+    sources = Sources(predictor=request.predictor, model=request.model)
+    arms = plan_arms(budgets, request.policies or USUAL_POLICIES, request.predictors, sources)
     if request.model is not None:
         trace.require_model(read_catalog(request.model).fingerprint, request.model.name)
     events = load_events(trace, most_tokens=request.tokens)  # also reads the notes
@@ -77,6 +80,7 @@ def simulate(request: SimulateRequest) -> None:
             timing,
             partial=request.partial,
             most_tokens=request.tokens,
+            sources=sources,
             jobs=request.jobs,
             progress=progress,
         )
@@ -208,7 +212,7 @@ def _print(simulation: Simulation, out: Path) -> None:
                 format_bytes(round(arm.bytes_per_token)),
             ]
             if arm.prefetch_seconds is not None:
-                row += [f"{1e3 * arm.prefetch_seconds:.1f}", "", ""]
+                row += [f"{1e3 * arm.prefetch_seconds:.1f}", f"{100 * (arm.ahead_share or 0.0):.0f} % ahead", ""]
             elif arm.seconds is not None:
                 times = (arm.seconds.demand, arm.seconds.one_layer, arm.seconds.bound)
                 row += [f"{1e3 * seconds:.1f}" for seconds in times]

@@ -10,6 +10,7 @@ from expertier.manager import ManagerConfig, OffloadManager
 from expertier.residency.pool import PlannedRead
 from expertier.routing.trace_format import PREFILL
 from expertier.simulation.events import Events
+from expertier.simulation.loads import AdapterLoads
 from expertier.simulation.result import Replay
 
 __all__ = ["InstantPool", "Replay", "replay"]
@@ -52,6 +53,7 @@ def replay(
     budget: int,
     *,
     half_life: float | None = None,
+    forecasts: Callable[[OffloadManager], AdapterLoads] | None = None,
     seen: Callable[[int], None] | None = None,
 ) -> Replay:
     """Replay a trace without prefetching: hits, misses and bytes are exactly those of an adapter.
@@ -66,6 +68,8 @@ def replay(
         Bytes the pool may hold.
     half_life : float, optional
         As in :class:`expertier.manager.ManagerConfig`.
+    forecasts : callable, optional
+        Makes of the manager what tells it forecasts.
     seen : callable, optional
         Told the number of steps done, now and then.
 
@@ -86,6 +90,7 @@ def replay(
         budget=budget,
         config=ManagerConfig(policy=policy, half_life=half_life, io_threads=1),
     )
+    teller = None if forecasts is None else forecasts(manager)
     misses = np.zeros(len(events), np.int64)
     bytes_read = np.zeros(len(events), np.int64)
     sizes = events.load_bytes
@@ -93,11 +98,15 @@ def replay(
     places, starts = events.layer.tolist(), events.step_starts.tolist()
     try:
         for step, (tokens, phase) in enumerate(zip(events.tokens.tolist(), events.phase.tolist(), strict=True)):
+            if teller is not None:
+                teller.begin_step(step)
             manager.begin_step(tokens, "prefill" if phase == PREFILL else "decode")
             for event in range(starts[step], starts[step + 1]):
                 layer, routes = numbers[places[event]], events.routes(event)
                 manager.observe(layer, routes)
                 manager.acquire(layer, routes, wait=False).release()
+                if teller is not None:
+                    teller.after_router(event)
                 if pool.loads:
                     misses[event] = len(pool.loads)
                     bytes_read[event] = sizes[pool.loads].sum()

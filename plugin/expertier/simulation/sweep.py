@@ -17,6 +17,7 @@ from expertier.residency import POLICIES, WITH_HALF_LIFE
 from expertier.routing.trace import Trace
 from expertier.simulation.belady import belady
 from expertier.simulation.events import Events, load_events
+from expertier.simulation.predicted import FORECASTER, Sources
 from expertier.simulation.prefetch import PREDICTORS, oracle_loads, replay_timed
 from expertier.simulation.replay import replay
 from expertier.simulation.result import Replay
@@ -39,7 +40,10 @@ class Arm:
     half_life : float or None
         Of a frequency policy; ``None`` is its own.
     predictor : str or None
-        A key of :data:`expertier.simulation.prefetch.PREDICTORS`; ``None`` loads nothing ahead.
+        A key of :data:`expertier.simulation.prefetch.PREDICTORS`, or what
+        :meth:`expertier.simulation.predicted.Sources.check` accepts; ``None`` loads nothing ahead.
+    forecaster : str or None
+        Trained predictor that tells the policy what is coming.
     budget_text : str
         The budget as it was asked for.
     budget : int
@@ -49,6 +53,7 @@ class Arm:
     policy: str
     half_life: float | None = None
     predictor: str | None = None
+    forecaster: str | None = None
     budget_text: str
     budget: int
 
@@ -56,6 +61,8 @@ class Arm:
     def label(self) -> str:
         """Name for people."""
         name = self.policy if self.half_life is None else f"{self.policy}:{self.half_life:g}"
+        if self.forecaster is not None:
+            name = f"{name} by {self.forecaster}"
         return name if self.predictor is None else f"{name} + {self.predictor}"
 
 
@@ -79,6 +86,8 @@ class ArmResult:
         Seconds per step; ``None`` when speeds are unknown.
     prefetch_seconds : float or None
         Seconds per step in simulated time, of an arm that loads ahead.
+    ahead_share : float or None
+        Of such an arm: loads that were under way or done when needed, among all that were needed.
     """
 
     label: str
@@ -91,6 +100,7 @@ class ArmResult:
     bytes_per_token: float
     seconds: StepTimes | None
     prefetch_seconds: float | None = None
+    ahead_share: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,8 +166,15 @@ def parse_policy(text: str) -> tuple[str, float | None]:
     return name, half_life
 
 
-def run_arm(events: Events, arm: Arm, timing: Timing | None, seen: Callable[[int], None] | None = None) -> ArmResult:
-    """Replay one arm.
+def run_arm(
+    events: Events,
+    arm: Arm,
+    timing: Timing | None,
+    seen: Callable[[int], None] | None = None,
+    *,
+    sources: Sources | None = None,
+) -> ArmResult:
+    """Replay one arm; `sources` are for those that predict.
 
     Raises
     ------
@@ -178,13 +195,16 @@ def run_arm(events: Events, arm: Arm, timing: Timing | None, seen: Callable[[int
                 "Loads ahead of need are a matter of time, and the speeds of this machine are unknown.",
                 "Give --model, or --bandwidth and --compute-ms.",
             )
+        oracle = arm.predictor in PREDICTORS
+        loads = oracle_loads(arm.predictor, events) if oracle else (sources or Sources()).loads(events, arm.predictor)
         timed = replay_timed(
             events,
             arm.policy,
             arm.budget,
             timing,
             half_life=arm.half_life,
-            loads=oracle_loads(arm.predictor, events),
+            loads=loads,
+            fill=not oracle,
             seen=seen,
         )
         requests = timed.ready_hits + timed.late + timed.misses
@@ -196,12 +216,14 @@ def run_arm(events: Events, arm: Arm, timing: Timing | None, seen: Callable[[int
             bytes_per_token=timed.bytes_read / timed.tokens,
             seconds=None,
             prefetch_seconds=timed.seconds / timed.steps,
+            ahead_share=timed.ahead / max(timed.ahead + timed.misses, 1),
         )
     found: Replay
     if arm.policy == BELADY:
         found = belady(events, arm.budget, seen=seen)
     else:
-        found = replay(events, arm.policy, arm.budget, half_life=arm.half_life, seen=seen)
+        forecasts = None if arm.forecaster is None or sources is None else sources.forecasts(events)
+        found = replay(events, arm.policy, arm.budget, half_life=arm.half_life, forecasts=forecasts, seen=seen)
     return ArmResult(
         **common,
         hit_ratio=found.hit_ratio,
@@ -219,6 +241,7 @@ def sweep(
     *,
     partial: bool = False,
     most_tokens: int | None = None,
+    sources: Sources | None = None,
     jobs: int = 1,
     progress: Callable[[float], None] | None = None,
 ) -> tuple[ArmResult, ...]:
@@ -234,6 +257,8 @@ def sweep(
         Speeds, if known.
     partial, most_tokens
         As for :func:`expertier.routing.read_trace` and :func:`load_events`.
+    sources : Sources, optional
+        For arms that predict.
     jobs : int
         Processes.
     progress : callable, optional
@@ -249,13 +274,13 @@ def sweep(
                 if progress is not None:
                     progress(done + step / steps)
 
-            results.append(run_arm(events, arm, timing, seen))
+            results.append(run_arm(events, arm, timing, seen, sources=sources))
         if progress is not None:
             progress(len(arms))
         return tuple(results)
     context = multiprocessing.get_context("spawn")
     counter = context.Value("d", 0.0)
-    setup = (str(path), partial, most_tokens, timing, counter)
+    setup = (str(path), partial, most_tokens, timing, sources, counter)
     with ProcessPoolExecutor(min(jobs, len(arms)), context, initializer=_set_up, initargs=setup) as pool:
         pending = {pool.submit(_run, arm): place for place, arm in enumerate(arms)}
         found: dict[int, ArmResult] = {}
@@ -277,10 +302,13 @@ def sweep(
 _worker: dict[str, Any] = {}
 
 
-def _set_up(path: str, partial: bool, most_tokens: int | None, timing: Timing | None, counter: Any) -> None:
+def _set_up(
+    path: str, partial: bool, most_tokens: int | None, timing: Timing | None, sources: Sources | None, counter: Any
+) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     _worker["events"] = load_events(Trace(Path(path), partial=partial), most_tokens=most_tokens)
     _worker["timing"] = timing
+    _worker["sources"] = sources
     _worker["counter"] = counter
 
 
@@ -296,7 +324,7 @@ def _run(arm: Arm) -> ArmResult:
             counter.value += (step - last) / steps
         last = step
 
-    result = run_arm(events, arm, _worker["timing"], seen)
+    result = run_arm(events, arm, _worker["timing"], seen, sources=_worker["sources"])
     seen(steps)
     return result
 
@@ -329,6 +357,7 @@ def plan_arms(
     budgets: Sequence[tuple[str, int]],
     policies: Sequence[str],
     predictors: Sequence[str],
+    sources: Sources | None = None,
 ) -> list[Arm]:
     """Cross budgets with policies and, for the first policy, predictors; Belady comes with every budget.
 
@@ -340,12 +369,14 @@ def plan_arms(
     parsed = [parse_policy(text) for text in dict.fromkeys(policies)]
     for name in predictors:
         if name not in PREDICTORS:
-            raise UnsupportedOptionError(f"There is no predictor {name!r}.", f"Choose from: {', '.join(PREDICTORS)}.")
+            (sources or Sources()).check(name)
+    trained = sources is not None and sources.predictor is not None
     arms = []
     for text, budget in dict.fromkeys(budgets):
         base = Arm(policy="", budget_text=text, budget=budget)
         for policy, half_life in parsed:
-            arms.append(dataclasses.replace(base, policy=policy, half_life=half_life))
+            forecaster = FORECASTER if trained and policy == "predictive" else None
+            arms.append(dataclasses.replace(base, policy=policy, half_life=half_life, forecaster=forecaster))
         for predictor in dict.fromkeys(predictors):
             arms.append(dataclasses.replace(base, policy=parsed[0][0], half_life=parsed[0][1], predictor=predictor))
         arms.append(dataclasses.replace(base, policy=BELADY))
