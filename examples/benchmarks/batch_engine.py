@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--prompts", type=Path)
     parser.add_argument("--domain", help="prompts of this domain only; otherwise one of each in turn")
-    parser.add_argument("--budget", default="50%")
+    parser.add_argument("--budget", default="50%", help="'none' leaves these arms out")
     parser.add_argument("--resident", action="store_true")
     parser.add_argument("--sequences", type=int, default=8)
     parser.add_argument("--prompt-tokens", type=int, default=16)
@@ -87,7 +87,8 @@ def main() -> None:
         name: value for name, value in vars(arguments).items() if name not in ("model", "prompts")
     }
     record["model"] = Path(arguments.model).name
-    record["at_budget"] = measure(arguments, arguments.budget, stock=False)
+    if arguments.budget != "none":
+        record["at_budget"] = measure(arguments, arguments.budget, stock=False)
     if arguments.resident:
         record["resident"] = measure(arguments, "100%", stock=True)
     json.dump(record, sys.stdout, indent=1)
@@ -158,6 +159,8 @@ def measure(arguments: argparse.Namespace, budget: str, *, stock: bool) -> dict[
                     getattr(after, p).stall_seconds - getattr(before, p).stall_seconds for p in ("decode", "prefill")
                 )
                 entry[name]["stall_percent"] = 100 * stall / seconds
+        speeds = ", ".join(f"{name} {figures['tokens_per_second']:.1f}" for name, figures in entry.items())
+        print(f"round {number}, tok/s: {speeds}", file=sys.stderr)
         if number:  # the first warms everything up
             rounds.append(entry)
     result: dict[str, Any] = {"mode": engine.llama.mode_line(), "rounds": rounds, "median": {}, "ratio": {}}

@@ -243,6 +243,7 @@ def test_a_scheduler_learns_the_routes_of_every_token(load: Load) -> None:
         ([], {}, RequestError, "empty"),
         ([1] * 1024, {}, RequestTooLongError, "exceed context window of 1024"),
         ([320], {}, RequestError, "Token 320"),
+        ("\ud800", {}, RequestError, "not text"),
         ("a", {"max_tokens": 0}, RequestError, "max_tokens=0"),
         ("a", {"temperature": -1.0}, RequestError, "temperature"),
         ("a", {"repeat_penalty": 0.0}, RequestError, "repeat_penalty"),
@@ -385,6 +386,16 @@ def test_a_sampler_that_fails_ends_its_own_request_only(load: Load) -> None:
     ((reason, error),) = kept.ends
     assert reason == "error"
     assert str(error) == "no idea"
+
+
+def test_a_listener_that_raises_harms_its_own_request_only(load: Load) -> None:
+    def raising(output: Output) -> None:
+        raise ValueError("not interested")
+
+    engine = load()
+    engine.submit(Request(prompt="abc", max_tokens=20), raising)
+    assert len(one(engine, "bcd", max_tokens=4, logit_bias=ENDLESS).tokens) == 4
+    assert engine.stats().running == 0
 
 
 def test_closing_ends_what_runs_and_what_waits(load: Load) -> None:

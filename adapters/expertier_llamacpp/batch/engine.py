@@ -286,7 +286,11 @@ class BatchEngine:
         if not prompt:
             raise RequestError("The prompt is empty.", "Give at least one character.")
         begins = bool(self.llama._model.add_bos_token())
-        tokens: list[int] = self.llama.tokenize(prompt.encode(), add_bos=begins, special=True)
+        try:
+            text = prompt.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(f"The prompt is not text: {error}.", "Leave lone surrogates out.") from error
+        tokens: list[int] = self.llama.tokenize(text, add_bos=begins, special=True)
         return tokens
 
     # ---- life cycle
