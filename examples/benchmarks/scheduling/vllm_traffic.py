@@ -74,13 +74,14 @@ def main() -> None:
     parser.add_argument("--arm", action="append", help="fcfs and greedy if not given")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--warm", type=int, default=16, help="requests served before the first round")
+    parser.add_argument("--lookahead", default="auto", help="as the option of that name")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     arms = given.arm or ["fcfs", "greedy"]
 
     prepare_environment(given.threads)
-    options = {"budget": given.budget, "scheduler": "greedy"}
+    options = {"budget": given.budget, "scheduler": "greedy", "lookahead": given.lookahead}
     llm = open_engine(given.model, options, context=512, step_tokens=512, requests=given.batch, cache_bytes=256 << 20)
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     tokenizer = llm.get_tokenizer()

@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from expertier.residency.base import IntArray
 from expertier.scheduling.base import Batcher, Round
 from expertier.scheduling.fcfs import FirstCome
-from expertier.scheduling.paths import PathBook
+from expertier.scheduling.paths import MOST_PROMPT, PathBook
 from expertier.scheduling.worth import LEAST_GAIN, Worth
 
 logger = logging.getLogger("expertier")
 
-_REFRESH_AT_A_TIME = 16
+_REFRESH_TOKENS = 1 << 22  # tokens times width that are looked up again in one proposal
 _REFRESH_GROWTH = 1.25
 
 
@@ -151,6 +151,11 @@ class Admission:
         self._arrivals += 1
         entry.due += sum(other.order < entry.order for other in self._waiting.values())
         self._waiting[request] = entry
+        if not self.in_order:
+            try:
+                self._look_up(entry)
+            except Exception as error:
+                self.give_up(error)
 
     def joined(self, request: Hashable) -> None:
         """Note that a request runs now."""
@@ -292,17 +297,21 @@ class Admission:
             self.give_up(error)
             return []
 
+    def _look_up(self, entry: _Waiting) -> None:
+        assert self.book is not None
+        entry.path = self.book.of_waiting(entry.request, entry.tokens)
+        entry.learned = self.book.known_tokens
+
     def _refresh(self, free: list[_Waiting]) -> None:
-        """Guess paths; again when the book has learned a quarter more, a few requests at a time."""
+        """Guess paths again when the book has learned a quarter more, of as many requests as take little time."""
         assert self.book is not None
         known = self.book.known_tokens
-        left = _REFRESH_AT_A_TIME
+        left = _REFRESH_TOKENS
         for entry in free:
             if known > entry.learned * _REFRESH_GROWTH:
-                entry.path = self.book.of_waiting(entry.request, entry.tokens)
-                entry.learned = known
-                left -= 1
-                if not left:
+                self._look_up(entry)
+                left -= self.book.width * max(1, min(len(entry.tokens), MOST_PROMPT))
+                if left < 0:
                     break
 
     def _within_bounds(self, free: list[_Waiting], wish: list[int], room: int) -> list[_Waiting]:
