@@ -248,6 +248,8 @@ class EvalHook:
                 # The last micro-batch of a prompt may be a single token.
                 whole = self._phase if self._batch is None else self._batch.phase(0, self._batch.count)
                 self._virtual.begin_step(len(routes), whole)
+            if self._swapper is not None:
+                self._swapper.begin_step(len(routes), self._phase)
             if self._recording is not None:
                 self._recording.begin_step(len(routes), self._phase)
             self._step_open = True
@@ -258,6 +260,10 @@ class EvalHook:
             self._recording.layer(layer, routes, node)
         if self.listener is not None:
             self.listener(layer, routes, self._from, self._begun)
+        if self._swapper is not None and self._router is not None:
+            inputs = self._gate_input.of(node)
+            fitting = inputs if inputs is not None and len(inputs) == len(routes) else None
+            self._swapper.note(layer, routes, self._router.of(node, routes)[1], fitting)
         chosen = self._stand_ins(layer, routes, node)
         self._lease = self._manager.acquire(layer, chosen, wait=False)
         self._lease_is_whole = False

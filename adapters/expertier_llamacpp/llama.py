@@ -32,6 +32,7 @@ from expertier.routing import AheadLoader, GainGate, Lookahead, ProfileKeeper, T
 from expertier.routing.opening import gate_mode, open_predictor
 from expertier.routing.trace_header import trace_header
 from expertier.virtual import VirtualExperts, VirtualSettings
+from expertier.virtual.importance import Importance
 from expertier.virtual.swapping import Swapper
 from expertier_llamacpp import ggml
 from expertier_llamacpp.buffer import ExpertBuffers
@@ -210,7 +211,7 @@ class Llama(ExactRequests, llama_cpp.Llama):
                 ahead=ahead,
                 recording=recording,
                 virtual=self.virtual,
-                swapper=Swapper(manager) if hard else None,
+                swapper=Swapper(manager, Importance(experts)) if hard else None,
             )
             return self._hook.callback
 

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from expertier.budget import format_bytes
 from expertier.errors import BudgetError, ExpertLoadError, ManagerClosedError
 from expertier.residency import make_policy
-from expertier.residency.base import ExpertSpace, ForecastListener, IntArray
+from expertier.residency.base import ExpertSpace, FloatArray, ForecastListener, IntArray
 from expertier.residency.floor import spare_every_layer
 from expertier.residency.pool import ExpertPool
 from expertier.residency.uses import UseCounts
@@ -507,11 +507,11 @@ class OffloadManager:
     def _limit(self, layer: int) -> int:
         return min(self._budget, self._quotas.get(layer, self._budget))
 
-    def _evictable(self, layer: int | None, least: int | None = None) -> IntArray:
+    def _evictable(self, layer: int | None, least: int | None = None, *, worth: FloatArray | None = None) -> IntArray:
         """Resident, unpinned experts that may make room for `layer` (``None``: for nobody), best victims first.
 
         With `least` only the first so many, and those that are as good as the last of them: sorting thousands to take
-        two cost more than all else a miss costs here.
+        two cost more than all else a miss costs here. With `worth` (of all experts) that counts and not the policy.
         """
         position = 0
         usable = (self._state == _RESIDENT) & (self._pins == 0)
@@ -520,7 +520,7 @@ class OffloadManager:
             if self._layer_bytes[layer] + self._slot_bytes[layer] > self._limit(layer):
                 usable &= self._layer_index == position
         candidates = np.flatnonzero(usable)
-        scores = self._policy.keep_scores(candidates, position)
+        scores = self._policy.keep_scores(candidates, position) if worth is None else worth[candidates]
         if self.config.every_layer:
             spared = spare_every_layer(self._layer_index, self._state == _RESIDENT, self._floor(), candidates, scores)
             candidates, scores = candidates[spared], scores[spared]
@@ -825,15 +825,17 @@ class OffloadManager:
         with self._lock:
             return bool(self._filling.any())
 
-    def swap(self, most: int, *, margin: float = 1.0) -> int:
-        """Bring in the likeliest absent experts in place of resident ones less likely to be used, in the background.
+    def swap(self, most: int, *, worth: FloatArray | None = None, margin: float = 1.0) -> int:
+        """Bring in the best absent experts in place of worse resident ones, in the background.
 
         Parameters
         ----------
         most : int
             Most loads begun; none while earlier ones are under way.
+        worth : ndarray of float64, shape (experts,), optional
+            What every expert is worth, layer after layer; ``None`` is the policy's chance that it is used.
         margin : float
-            How many times likelier than its victim an expert must be.
+            How many times better than its victim an expert must be.
 
         Returns
         -------
@@ -845,21 +847,28 @@ class OffloadManager:
             absent = np.flatnonzero(self._state == _ABSENT)
             if self._tight or self._filling.any() or not absent.size:
                 return 0
-            chance = self._policy.use_probability(absent)
-            best = np.argsort(-chance, kind="stable")[:most]
-            begun = 0
-            for expert, worth in zip(absent[best].tolist(), chance[best].tolist(), strict=True):
-                layer = self._layers[self._layer_index[expert]]
-                try:
-                    self._load_what_fits(layer, np.array([expert]), PREFETCH, np.array([worth / margin]))
-                except ExpertLoadError as error:  # whoever really needs the expert will raise it
-                    logger.warning("Swapping in an expert of layer %d ended early: %s", layer, error)
-                if self._state[expert] not in (_LOADING, _RESIDENT):
-                    break  # those after it are less likely
-                self._filling[expert] = self._state[expert] == _LOADING
-                begun += 1
-            self._stats.swaps += begun
-            return begun
+            if worth is None:
+                worth = self._policy.use_probability(np.arange(len(self._state)))
+            reads: list[list[ReadRequest]] = []
+            try:
+                for expert in absent[np.argsort(-worth[absent], kind="stable")[:most]].tolist():
+                    layer = self._layers[self._layer_index[expert]]
+                    slot = self._slot_bytes[layer]
+                    recycled: int | None = None
+                    if self._used + slot > self._budget or self._layer_bytes[layer] + slot > self._limit(layer):
+                        candidates = self._evictable(layer, worth=worth)[::-1]
+                        victims = list(zip(candidates.tolist(), worth[candidates].tolist(), strict=True))
+                        recycled, fits = self._make_room(layer, slot, victims, float(worth[expert]) / margin)
+                        if not fits:
+                            break
+                    reads.append(self._begin(layer, expert, recycled, PREFETCH))
+                    self._filling[expert] = self._state[expert] == _LOADING
+            except ExpertLoadError as error:  # whoever really needs the expert will raise it
+                logger.warning("Swapping in an expert ended early: %s", error)
+            finally:
+                self._io.submit([request for group in _transpose(reads) for request in group])
+            self._stats.swaps += len(reads)
+            return len(reads)
 
     # ---- budget, life cycle, numbers
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from expertier.errors import BudgetError
 from expertier.residency.floor import spare_every_layer
+from expertier.virtual.importance import Importance
 from expertier.virtual.swapping import Swapper
 from support.fake_engine import FakeEngine, fake_engine, uniform, until
 
@@ -63,6 +65,53 @@ def test_nothing_is_swapped_for_an_expert_that_is_not_clearly_likelier(tmp_path:
         assert engine.manager.stats().evictions == 0
 
 
+def test_what_enters_and_leaves_may_be_decided_by_something_else_than_the_policy(tmp_path: Path) -> None:
+    with fake_engine(tmp_path, SHAPES, 3 * SLOT) as engine:
+        engine.step({0: [[0, 1]], 1: [[0, 1]]})
+        kept = np.flatnonzero(np.concatenate([engine.manager.resident(layer) for layer in SHAPES]))
+        worth = np.arange(24, dtype=float)  # the last experts of the last layer
+        assert engine.manager.swap(2, worth=worth) == 2
+        swapped(engine)
+        resident = np.flatnonzero(np.concatenate([engine.manager.resident(layer) for layer in SHAPES]))
+        assert resident.tolist() == [kept[-1], 22, 23]
+        engine.check()
+
+
+# ---- what matters
+
+
+@given(st.integers(0, 2**32))
+def test_importance_is_the_decayed_sum_of_norms_and_weights_over_all_that_was_wished_for(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    norms = rng.random(7)
+    importance = Importance({4: 3, 2: 4}, norms=norms, half_life=2.0)
+    expected = np.zeros(7)
+    for _ in range(5):
+        importance.advance(1)
+        expected *= 2**-0.5
+        for layer, first, count in ((2, 0, 4), (4, 4, 3)):
+            tokens = int(rng.integers(1, 4))
+            routes = np.array([rng.permutation(count)[:2] for _ in range(tokens)])
+            weights, inputs = rng.random((tokens, 2)) + 0.1, rng.normal(size=(tokens, 5))
+            importance.note(layer, routes, weights, inputs)
+            for ids, shares, row in zip(routes, weights, inputs, strict=True):
+                for expert, share in zip(ids, shares / shares.sum(), strict=True):
+                    expected[first + expert] += np.linalg.norm(row) * share
+    assert np.allclose(importance.worth(), expected * norms)
+
+
+def test_of_a_prompt_the_newest_token_counts_most() -> None:
+    importance = Importance({0: 2}, half_life=1.0)
+    importance.note(0, np.array([[0], [0], [1]]), np.ones((3, 1)), None, prompt=True)
+    assert importance.worth().tolist() == [0.75, 1.0]
+
+
+def test_tokens_count_alike_where_their_inputs_are_not_known() -> None:
+    importance = Importance({0: 3})
+    importance.note(0, np.array([[2, 1]]), np.array([[6.0, 2.0]]), None)
+    assert importance.worth().tolist() == [0.0, 0.25, 0.75]
+
+
 # ---- when to swap
 
 
@@ -73,7 +122,7 @@ class Instant:
         self.swapping = False
         self.begun = 0
 
-    def swap(self, most: int, *, margin: float = 1.0) -> int:
+    def swap(self, most: int, *, worth: Any = None, margin: float = 1.0) -> int:
         assert not self.swapping
         self.begun += 1
         self.swapping = True
@@ -83,7 +132,7 @@ class Instant:
 def test_swaps_keep_storage_busy_for_no_more_than_their_share() -> None:
     now, busy = 0.0, 0.0
     manager = Instant()
-    swapper = Swapper(manager, share=0.25, clock=lambda: now)
+    swapper = Swapper(manager, Importance({0: 4}), share=0.25, clock=lambda: now)
     for _ in range(4000):
         swapper.after_step()
         now += 0.01

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from expertier.residency.base import FloatArray, IntArray
+from expertier.virtual.importance import Importance
 
 
 class Swaps(Protocol):
@@ -14,26 +20,25 @@ class Swaps(Protocol):
     def swapping(self) -> bool:
         """Whether a load in the background is under way."""
 
-    def swap(self, most: int, *, margin: float = 1.0) -> int:
-        """Begin to replace the resident experts least likely to be used by the likeliest absent ones."""
+    def swap(self, most: int, *, worth: FloatArray | None = None, margin: float = 1.0) -> int:
+        """Begin to replace the resident experts worth least by the absent ones worth most."""
 
 
 class Swapper:
     """Begins swaps between steps, a few at a time and within a share of the storage's time.
 
-    What enters and leaves is the eviction policy's estimate, which is fed with what the routers wished for, also where
-    another expert stood in.
-
     Parameters
     ----------
     manager : Swaps
         Executes them.
+    importance : Importance
+        Decides what enters and leaves.
     most : int
         Most swaps begun at a time; the next begin when all of them have ended.
     share : float
         Share of time that storage may be busy with swaps.
     margin : float
-        How many times likelier than its victim an expert must be: without it two equals would take turns.
+        How many times more important than its victim an expert must be: without it two equals would take turns.
     clock : callable
         Gives seconds.
     """
@@ -41,6 +46,7 @@ class Swapper:
     def __init__(
         self,
         manager: Swaps,
+        importance: Importance,
         *,
         most: int = 1,
         share: float = 0.5,
@@ -48,12 +54,29 @@ class Swapper:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._manager = manager
+        self._importance = importance
         self._most = most
         self._share = share
         self._margin = margin
         self._clock = clock
+        self._prompt = False
         self._began: float | None = None
         self._not_before = 0.0
+
+    def note(
+        self,
+        layer: int,
+        routes: IntArray,
+        weights: NDArray[np.floating[Any]],
+        inputs: NDArray[np.floating[Any]] | None,
+    ) -> None:
+        """Note what a router wishes for; see :meth:`Importance.note`."""
+        self._importance.note(layer, routes, weights, inputs, prompt=self._prompt)
+
+    def begin_step(self, tokens: int, phase: Literal["decode", "prefill"]) -> None:
+        """A step over so many tokens begins: of one sequence (prefill) or of one sequence each (decode)."""
+        self._prompt = phase == "prefill"
+        self._importance.advance(tokens if self._prompt else 1)
 
     def after_step(self) -> None:
         """A step has ended: begin what may begin."""
@@ -63,5 +86,7 @@ class Swapper:
         if self._began is not None:  # at the latest now the swap has ended
             self._not_before = self._began + (now - self._began) / self._share
             self._began = None
-        if now >= self._not_before and self._manager.swap(self._most, margin=self._margin):
+        if now >= self._not_before and self._manager.swap(
+            self._most, worth=self._importance.worth(), margin=self._margin
+        ):
             self._began = now
