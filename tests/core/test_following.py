@@ -137,6 +137,10 @@ def test_what_the_predictor_knows_when_it_is_asked_is_the_whole_sequence(
 # ---- loads
 
 
+def never() -> None:
+    raise AssertionError("nothing can begin, so nobody has to predict")
+
+
 def engine_with(tmp_path: Path, slots: int) -> FakeEngine:
     shapes = uniform(3, EXPERTS)
     return fake_engine(tmp_path, shapes, slots * shapes[0].slot_bytes)  # type: ignore[return-value]
@@ -150,14 +154,14 @@ def test_all_later_layers_are_loaded_nearest_first_within_the_bound(tmp_path: Pa
     with engine_with(tmp_path, 12) as engine:  # type: ignore[attr-defined]
         engine.file.hold()
         loads = PathLoads(engine.manager, (0, 1, 2), confidence=Confidence(3, EXPERTS), ahead=3)
-        assert loads.top_up(chances, 0, 1) == 3
+        assert loads.top_up(lambda: chances, 0, 1) == 3
         absent, under_way = engine.manager.outlook()
         assert under_way == 3
         assert [np.flatnonzero(~row).tolist() for row in absent] == [[1], [2, 4], []]
-        assert loads.top_up(chances, 1, 1) == 0, "enough is under way"
+        assert loads.top_up(never, 1, 1) == 0, "enough is under way"
         engine.file.let_all()
         until(lambda: engine.manager.outlook()[1] == 0)
-        assert loads.top_up(chances, 1, 1) == 1, "what is unlikely stays where it is"
+        assert loads.top_up(lambda: chances, 1, 1) == 1, "what is unlikely stays where it is"
         until(lambda: engine.manager.outlook()[1] == 0)
         engine.check()
 

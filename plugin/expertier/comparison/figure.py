@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _INK, _FAINT = "#22313f", "#8795a1"
 _OURS = ("#0f8b8d", "#3fb6a8", "#7fd1c2", "#b5e4db")
+_OURS_MANY = ("#0b3c49", "#0f6e78", "#0f8b8d", "#3fb6a8", "#7fd1c2", "#a9d18e", "#d9c76a", "#e8a95b")  # of an ablation
 _STOCK = ("#98a6b3", "#bcc6cf", "#d7dde3", "#e7ebef")
 _BOUNDS = ("#c9a227", "#e07a5f", "#8e6c8a", "#5c677d")
 _GIB = 1 << 30
@@ -160,8 +161,9 @@ def _colours(summary: Summary, labels: Sequence[str]) -> dict[str, str]:
     ours = {arm.label for arm in summary.arms if arm.ours}
     mine = [label for label in labels if label in ours]
     theirs = [label for label in labels if label not in ours]
+    shades = _OURS if len(mine) <= len(_OURS) else _OURS_MANY
     return {
-        **{label: _OURS[min(index, len(_OURS) - 1)] for index, label in enumerate(mine)},
+        **{label: shades[min(index, len(shades) - 1)] for index, label in enumerate(mine)},
         **{label: _STOCK[min(index, len(_STOCK) - 1)] for index, label in enumerate(theirs)},
     }
 
@@ -258,7 +260,7 @@ class _Bars:
                 xytext=(0, 5),
                 textcoords="offset points",
                 ha="center",
-                fontsize=10,
+                fontsize=10 if len(self._labels) <= 6 else 7.5,
                 fontweight="bold",
                 color=self._colours[key[1]],
                 path_effects=[patheffects.withStroke(linewidth=2.5, foreground="white")],  # a neighbour may be taller

@@ -20,7 +20,7 @@ from expertier.routing.following import Follower
 from expertier.routing.gate import Confidence, GainGate
 from expertier.routing.lookahead import Lookahead
 from expertier.routing.path_loads import PathLoads
-from expertier.routing.predictor import Chances, Forecast, RoutePredictor
+from expertier.routing.predictor import Forecast, RoutePredictor
 from expertier.routing.prefetch_plan import LEAST_CHANCE
 from expertier.routing.sequences import Span
 
@@ -165,7 +165,7 @@ class AheadLoader:
         if self._listener is not None:
             self._listener(forecast)
         if self.gate.open:
-            self._path.top_up(forecast.now, 0, len(spans))
+            self._path.top_up(lambda: forecast.now, 0, len(spans))
 
     def after_router(self, layer: int, routes: NDArray[np.int64], gate_input: GateInput, *, decode: bool) -> None:
         """Act on what the router of a layer chose.
@@ -217,17 +217,16 @@ class AheadLoader:
             return
         if not self.gate.open:
             return
-        if self._predicted and (refined := self._refined()) is not None:
-            self._path.top_up(refined, self._position[layer] + 1, len(routes))
+        if self._predicted and self._follower is not None:
+            self._path.top_up(self._follower.refine, self._position[layer] + 1, len(routes))
         if self._lookahead is not None:  # the next layer's own gate knows some that the path does not
             self._look_ahead(layer, following, routes, gate_input)
 
-    def _refined(self) -> Chances | None:
-        assert self._follower is not None
-        return self._follower.refine()
-
     def _look_ahead(self, layer: int, following: int, routes: NDArray[np.int64], gate_input: GateInput) -> None:
         assert self._lookahead is not None
+        limit = self._ahead * len(routes)
+        if self._predicted and self._manager.outlook()[1] >= limit:
+            return
         resident = self._manager.resident(following)
         if resident.all():
             return
@@ -237,5 +236,4 @@ class AheadLoader:
         candidates, chances = self._lookahead.predict(layer, hidden, resident)
         likely = chances >= LEAST_CHANCE
         if likely.any():
-            limit = self._ahead * len(routes)
             self._manager.prefetch(following, candidates[likely], chances[likely], limit=limit)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -56,13 +56,14 @@ class PathLoads:
         self._layers = tuple(layers)
         self._ahead = ahead
 
-    def top_up(self, chances: Chances, first: int, tokens: int) -> int:
+    def top_up(self, predict: Callable[[], Chances | None], first: int, tokens: int) -> int:
         """Begin what is likely and absent, as far as there is room for more under way.
 
         Parameters
         ----------
-        chances : ndarray of float32, shape (layers, experts)
-            Chance that this step uses each expert.
+        predict : callable
+            Gives the chance that this step uses each expert, shape ``(layers, experts)``, or ``None`` when it is not
+            known; asked only when another load may begin.
         first : int
             Position of the first layer still to come.
         tokens : int
@@ -75,7 +76,7 @@ class PathLoads:
         """
         absent, under_way = self._manager.outlook()
         most = self._ahead * tokens
-        if under_way >= most:
+        if under_way >= most or not absent[first:].any() or (chances := predict()) is None:
             return 0
         believed = chances[first:] * self._confidence.factor(first)
         rows, experts = plan_loads(believed, absent[first:], most=most - under_way)
