@@ -123,3 +123,14 @@ def test_another_memory_budget_brings_another_calibrated_bias() -> None:
     assert text.bias == 0.05
     text.decode(steering, 2000)
     assert text.bias == 0.05
+
+
+def test_a_memory_budget_that_nothing_is_known_of_forgets_no_backing_off() -> None:
+    text, steering = Text(10 * ALLOWED), controller()
+    text.decode(steering, 400)
+    low = text.bias
+    assert low < BIAS
+    steering.covers(text, 0.0)
+    assert text.bias == 0.0
+    steering.covers(text, BIAS)
+    assert text.bias == pytest.approx(low)

@@ -115,6 +115,7 @@ class QualityController:
         self._back_offs = 0
         self._told = False
         self._bias = bias
+        self._kept = 1.0  # of the calibrated bias
 
     def __call__(self, virtual: Steered) -> None:
         """Look at the counters after a step, and steer."""
@@ -134,9 +135,10 @@ class QualityController:
     def covers(self, virtual: Steered, bias: float) -> None:
         """Take another calibrated bias, because the memory budget has changed."""
         with self._lock:
-            share = self._bias / self._calibrated if self._calibrated else 1.0
+            if self._calibrated:  # a budget in between that nothing is known of forgets no backing off
+                self._kept = self._bias / self._calibrated
             self._calibrated = bias
-            self._bias = bias * share
+            self._bias = bias * self._kept
             virtual.bias = self._bias
 
     def stats(self, virtual: Steered) -> QualityStats:
