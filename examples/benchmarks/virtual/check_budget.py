@@ -37,7 +37,7 @@ def main() -> None:
     results = []
     for named in options.text:
         name, _, file = named.partition("=")
-        exact = _session(options, "50%", None)
+        exact = _session(options, "100%", None)
         chosen = samples(exact, read_texts(Path(file)), count=options.texts, tokens=options.tokens)
         with Reference(exact, chosen) as reference:
             exact.close()
