@@ -110,14 +110,29 @@ def report(records: Sequence[Record]) -> dict[str, Any]:
     Returns
     -------
     dict
-        ``workers``: one object per worker, with ``rank``, ``mode``, all counters and their ratios; ``sum``: the
-        counters of all workers.
+        ``workers``: one object per worker, with ``rank``, ``mode``, all counters and their ratios, and ``virtual``
+        (:class:`expertier.virtual.VirtualStats`, or null); ``sum``: the counters of all workers.
     """
     workers = [
-        {"rank": record["rank"], "mode": record["mode"], **read_stats(record).as_dict()}
+        {
+            "rank": record["rank"],
+            "mode": record["mode"],
+            **read_stats(record).as_dict(),
+            "virtual": record.get("virtual"),
+        }
         for record in sorted(records, key=lambda record: int(record["rank"]))
     ]
     return {"workers": workers, "sum": summed(records).as_dict()}
+
+
+# What virtual experts tell (expertier.virtual.VirtualStats): name, kind, by layer, text.
+_VIRTUAL: Final = (
+    ("bias", "virtual_bias", "gauge", False, "What residency is worth, as a share of the router's range of scores."),
+    ("tokens", "virtual_tokens", "counter", False, "Tokens that may have been given stand-ins."),
+    ("exact_tokens", "virtual_exact_tokens", "counter", False, "Tokens that were computed without."),
+    ("substituted_share", "substituted_share", "gauge", True, "Share of the router's choices that were replaced."),
+    ("substituted_mass", "substituted_mass", "gauge", True, "Mean share of gate weights of what was replaced."),
+)
 
 
 def collect(records: Iterable[Record]) -> Iterator[Metric]:
@@ -130,6 +145,7 @@ def collect(records: Iterable[Record]) -> Iterator[Metric]:
     """
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
+    records = list(records)
     workers = [(str(record["rank"]), read_stats(record)) for record in records]
     for definition in _DEFINITIONS:
         labels = ("rank", "phase") if definition.by_phase else ("rank",)
@@ -141,6 +157,17 @@ def collect(records: Iterable[Record]) -> Iterator[Metric]:
                 family.add_metric((rank, "prefill"), definition.read(stats.prefill))
             else:
                 family.add_metric((rank,), definition.read(stats))
+        yield family
+    told = [(str(record["rank"]), record["virtual"]) for record in records if record.get("virtual")]
+    for key, name, form, by_layer, text in _VIRTUAL if told else ():
+        kind = GaugeMetricFamily if form == "gauge" else CounterMetricFamily
+        family = kind(PREFIX + name, text, labels=("rank", "layer") if by_layer else ("rank",))
+        for rank, virtual in told:
+            if not by_layer:
+                family.add_metric((rank,), float(virtual[key]))
+                continue
+            for layer, value in zip(virtual["layers"], virtual[key], strict=True):
+                family.add_metric((rank, str(layer)), float(value))
         yield family
 
 

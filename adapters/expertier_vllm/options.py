@@ -10,6 +10,7 @@ from typing import Any, Final
 from expertier.budget import parse_budget
 from expertier.config import OffloadOptions
 from expertier.errors import UnsupportedOptionError
+from expertier.quality.budget import parse_quality_budget
 from expertier.scheduling import BATCHERS
 
 KEY: Final = "expertier"
@@ -35,6 +36,12 @@ class VllmOptions:
     offload: OffloadOptions = field(default_factory=OffloadOptions)
     budget_endpoint: bool = False
     scheduler: str | None = None
+
+    @property
+    def lossy(self) -> bool:
+        """Whether resident experts may stand in for absent ones."""
+        offload = self.offload
+        return offload.virtual_bias is not None or parse_quality_budget(offload.quality_budget).kind != "exact"
 
     @classmethod
     def from_additional_config(cls, additional: object) -> VllmOptions | None:
@@ -76,8 +83,10 @@ class VllmOptions:
                 "repack='off' is not possible in vLLM: its kernels compute on rearranged weights only.",
                 "Leave repack at 'auto'.",
             )
-        if offload.virtual_bias is not None or offload.virtual_hard == "on":
-            raise UnsupportedOptionError("Virtual experts are not possible in vLLM yet.", "Use them with llama.cpp.")
+        if offload.virtual_hard == "on":
+            raise UnsupportedOptionError(
+                "virtual_hard is not possible in vLLM yet.", "Use virtual_bias: resident experts are then preferred."
+            )
         parse_budget(offload.budget, 1 << 60)  # a slip of the pen is told before any work
         return cls(offload=offload, **{name: _own(name, given[name]) for name in given if name in own})
 

@@ -39,6 +39,10 @@ class ServerFacts:
         ``enable_multithread_load`` in ``--model-loader-extra-config``.
     data_parallel, context_parallel : int
         Sizes of vLLM's parallel groups of these kinds.
+    tensor_parallel : int
+        ``--tensor-parallel-size``.
+    virtual : bool
+        Whether resident experts may stand in for absent ones.
     expert_parallel, eplb, micro_batches, lora, speculative, sleep_mode, weight_offload, elastic : bool
         Features that are on.
     """
@@ -51,6 +55,8 @@ class ServerFacts:
     multithread_load: bool = False
     data_parallel: int = 1
     context_parallel: int = 1
+    tensor_parallel: int = 1
+    virtual: bool = False
     expert_parallel: bool = False
     eplb: bool = False
     micro_batches: bool = False
@@ -112,6 +118,14 @@ def _findings(facts: ServerFacts) -> list[tuple[bool, ExpertierError]]:
         ),
         (facts.context_parallel > 1, option("Context parallelism is not supported.", plain)),
         (facts.micro_batches, option("--enable-dbo runs two batches through a layer at once.", plain)),
+        (
+            facts.virtual and facts.tensor_parallel > 1,
+            option(
+                f"Virtual experts are not possible with --tensor-parallel-size {facts.tensor_parallel}: experts come "
+                "and go in each worker on its own, and each would choose others.",
+                "Use one worker, or leave out virtual_bias and quality_budget.",
+            ),
+        ),
         (facts.elastic, option("Elastic expert parallelism is not supported.", plain)),
         (facts.lora, option("--enable-lora is not supported: its kernels need all experts at once.", plain)),
         (
@@ -192,4 +206,12 @@ def not_on_storage(name: str) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"The expert weights {name} are not in a safetensors file but were made in memory while loading.",
         "Convert the checkpoint to safetensors, or start without Expertier.",
+    )
+
+
+def unknown_router(kind: str) -> UnsupportedModelError:
+    """A router whose weights cannot be had for experts that it did not choose itself."""
+    return UnsupportedModelError(
+        f"Virtual experts do not know this model's router ({kind}).",
+        "Leave out the virtual_ options; known are softmax and sigmoid scores, grouped or not, also with a correction.",
     )

@@ -6,9 +6,10 @@ import contextlib
 import functools
 import logging
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,15 @@ from expertier.errors import (
     UnsupportedOptionError,
 )
 from expertier.manager import Lease, ManagerConfig, OffloadManager, Phase
-from expertier.planning.memory import memory_left
+from expertier.planning.governor import GovernorSettings, PressureGovernor
+from expertier.planning.memory import MemoryLimit, memory_left
+from expertier.quality.serving import read_quality_budget
 from expertier.residency.windows import WindowPool
 from expertier.routing import AheadLoader, GainGate, Lookahead, ProfileKeeper, RoutePredictor, Span, TraceRecorder
 from expertier.routing.opening import gate_mode, open_predictor
 from expertier.routing.trace_header import trace_header
 from expertier.storage import StorageFile
+from expertier.virtual import VirtualExperts, VirtualSettings
 from expertier_vllm.checkpoint import CheckpointFiles, SourceReader
 from expertier_vllm.grouping import token_groups
 from expertier_vllm.loading import (
@@ -49,6 +53,7 @@ from expertier_vllm.options import VllmOptions
 from expertier_vllm.recording import StepRecording
 from expertier_vllm.route_log import RouteLog
 from expertier_vllm.stage import ExpertStage, layers_in_order
+from expertier_vllm.stand_ins import stand_in
 
 logger = logging.getLogger("expertier")
 
@@ -91,10 +96,13 @@ class StepKind:
         Whether it serves requests; warm-ups and profiling runs do not.
     decode : bool
         Whether every request contributes one token.
+    exact : ndarray of bool, shape (requests,), or None
+        Requests of the pass, in its order, that may not be given stand-ins; ``None`` if none asked.
     """
 
     real: bool
     decode: bool
+    exact: NDArray[np.bool_] | None = None
 
 
 class Runtime:
@@ -115,6 +123,11 @@ class Runtime:
         Exists once the last layer has been loaded.
     files : CheckpointFiles
         The checkpoint, while it loads.
+    virtual : VirtualExperts or None
+        Stand-ins for absent experts, where they were asked for.
+    stepping : threading.Lock
+        Held during a forward pass: the governor changes the budget between two of them, because how a pass is divided
+        depends on it.
     failure : ExpertLoadError or None
         With workers in step: why this one's part of the forward pass is worthless. Whoever runs passes resets it.
     route_log : RouteLog or None
@@ -130,16 +143,21 @@ class Runtime:
     manager: OffloadManager
 
     def __init__(self, options: VllmOptions, facts: WorkerFacts, step_kind: Callable[[], StepKind]) -> None:
-        self.options = options
         self.facts = facts
         self._step_kind = step_kind
         self._stages: list[ExpertStage] = []
         self._waiting: set[str] = set()
         self._layout = read_layout(facts.checkpoint)
         self._catalog = build_catalog(self._layout)
+        offload, self._quality = read_quality_budget(options.offload, self._catalog)
+        self.options = replace(options, offload=offload)
         self.files = CheckpointFiles(self._layout, self._catalog)
         self.failure: ExpertLoadError | None = None
         self.route_log: RouteLog | None = None
+        self.virtual: VirtualExperts | None = None
+        self.stepping = threading.Lock()
+        self._pressure: PressureGovernor | None = None
+        self._substituting = False
         self._looked = False
         self._pack: Pack | None = None
         self._asked: int | None = None
@@ -312,6 +330,12 @@ class Runtime:
         if self._waiting:
             raise ModelFormatError(f"vLLM loaded no weights for {min(self._waiting)}.", "Fetch the checkpoint again.")
         offload = self.options.offload
+        settings = VirtualSettings.from_options(offload, top_k=min(stage.top_k for stage in self._stages))
+        if settings is not None:
+            self.virtual = VirtualExperts([stage.layer for stage in self._stages], settings)
+            if self._quality is not None:
+                definite = self._asked is not None
+                self._quality.attach(self.virtual, lambda: self.manager.budget, self._largest, definite=definite)
         lookahead = self._make_lookahead(norms) if offload.lookahead != "off" else None
         self._ahead = AheadLoader(
             manager=self.manager,
@@ -377,6 +401,7 @@ class Runtime:
                 "Lower the budget, or use 'auto' to take what there is.",
             )
         self.manager.warm_up()
+        self._watch_pressure(limit)
         self._mode = self._mode_line()
         print(self._mode, file=sys.stderr, flush=True)
 
@@ -385,6 +410,25 @@ class Runtime:
         if margin == "auto":
             return (64 << 20) + left // 50
         return parse_budget(margin, left) or 0
+
+    def _watch_pressure(self, limit: MemoryLimit) -> None:
+        """Start the governor where it was asked for."""
+        if self.options.offload.governor == "off":
+            return
+        usual = GovernorSettings.usual(smallest=self._smallest, largest=self.manager.budget, limit=limit.limit)
+        # Budget "auto" leaves its margin and no more: wanting more than that free would be pressure without end.
+        reserve = min(usual.reserve, self._margin(limit.left) // 2) if self.automatic else usual.reserve
+        manager, stepping = self.manager, self.stepping
+
+        def between_steps(budget: int) -> None:
+            with stepping:
+                manager.resize(budget)
+
+        self._pressure = PressureGovernor(
+            replace(usual, reserve=reserve), resize=between_steps, held=lambda: manager.stats().resident_bytes
+        )
+        self._pressure.start()
+        weakref.finalize(self, self._pressure.close)
 
     def resize(self, budget: str | int) -> int:
         """Change the budget of a running server; returns the new one in bytes.
@@ -400,6 +444,8 @@ class Runtime:
             limit = memory_left()
             asked = max(self._smallest, held + limit.left // self.facts.local_workers - self._margin(limit.left))
         self.manager.resize(min(asked, self._largest))
+        if self._pressure is not None:
+            self._pressure.ask(self.manager.budget)
         return self.manager.budget
 
     @property
@@ -410,8 +456,9 @@ class Runtime:
     # ---- what others see
 
     def stats(self) -> dict[str, Any]:
-        """Counters as plain data: :meth:`expertier.telemetry.Stats.as_dict`, ``rank`` and ``mode``."""
-        return {**self.manager.stats().as_dict(), "rank": self.facts.rank, "mode": self._mode}
+        """Counters as plain data: :meth:`expertier.telemetry.Stats.as_dict`, ``rank``, ``mode`` and ``virtual``."""
+        virtual = None if self.virtual is None else asdict(self.virtual.stats())
+        return {**self.manager.stats().as_dict(), "rank": self.facts.rank, "mode": self._mode, "virtual": virtual}
 
     def _mode_line(self) -> str:
         stats = self.manager.stats()
@@ -421,7 +468,8 @@ class Runtime:
             f"{format_bytes(max(self._slot.values()))}, budget {format_bytes(stats.budget_bytes)} of "
             f"{format_bytes(stats.total_bytes)} ({100 * stats.budget_bytes / stats.total_bytes:.0f} %), "
             f"policy {self.manager.config.policy}, prediction by {self._ahead.words() if self._ahead else 'nothing'}, "
-            f"sidecar {self._pack.path}, lossless"
+            f"sidecar {self._pack.path}, "
+            f"{self._losses()}"
         )
 
     def note(self, values: Mapping[str, Any]) -> None:
@@ -435,8 +483,15 @@ class Runtime:
         if recording is not None:
             recording.recorder.close()
 
+    def _losses(self) -> str:
+        if self.virtual is None:
+            return "lossless"
+        return self.virtual.words() if self._quality is None else self._quality.words(self.virtual)
+
     def close(self) -> None:
         """Stop I/O and give all memory back; no layer may compute any more."""
+        if self._pressure is not None:
+            self._pressure.close()
         if hasattr(self, "_keeper"):
             self._keeper.close()
         self.end_trace()
@@ -456,7 +511,44 @@ class Runtime:
         self._spans = spans
         if self._ahead is not None and self._ahead.follows_tokens:
             decode = all(span.tokens is not None and len(span.tokens) == 1 for span in spans)
-            self._ahead.begin(spans, decode=decode and not self.manager.complete)
+            # What a prediction would load while stand-ins are allowed is mostly what they stand in for.
+            lossy = self.virtual is not None and self.virtual.bias > 0
+            self._ahead.begin(spans, decode=decode and not lossy and not self.manager.complete)
+
+    def choose(
+        self, stage: ExpertStage, logits: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Let resident experts stand in for absent ones; called before :meth:`run` where virtual experts are on.
+
+        Parameters
+        ----------
+        stage : ExpertStage
+            The layer.
+        logits : Tensor, shape (tokens, experts)
+            What its router was given.
+        weights, ids : Tensor of float32 and int32, shape (tokens, top_k)
+            What the router chose.
+
+        Returns
+        -------
+        weights, ids : Tensor
+            What is to be computed; the very tensors given when nothing is replaced.
+        """
+        if self.virtual is None or self.failure is not None:
+            return weights, ids
+        if stage.position == 0 or not self._step_open:
+            self._begin(len(ids))
+        if self._everything is not None:
+            return weights, ids
+        if self._kind.real:  # the router's wishes decide who stays, whoever stands in
+            routes = ids.numpy().astype(np.int64)
+            self.manager.observe(stage.layer, routes)
+            if self.route_log is not None:
+                self.route_log.note(stage.position, routes)
+        if not self._substituting:
+            return weights, ids
+        exact = self._kind.exact if self._kind.decode else None
+        return stand_in(self.virtual, self.manager, stage.layer, stage.scoring, logits, weights, ids, exact)
 
     def run(self, stage: ExpertStage, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Compute a layer's experts with stock's kernel, after bringing in those that are absent.
@@ -480,7 +572,8 @@ class Runtime:
         if self.failure is not None:
             return torch.zeros_like(x)
         try:
-            if stage.position == 0 or not self._step_open:
+            # With virtual experts the choice before this has begun the step.
+            if (stage.position == 0 and self.virtual is None) or not self._step_open:
                 self._begin(len(ids))
             if self._everything is not None:
                 output = stage.module.compute_resident(x, weights, ids)
@@ -504,7 +597,7 @@ class Runtime:
         self, stage: ExpertStage, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor
     ) -> torch.Tensor:
         routes = ids.numpy().astype(np.int64)
-        if self._kind.real:
+        if self._kind.real and self.virtual is None:
             self.manager.observe(stage.layer, routes)
             if self._recording is not None:
                 self._recording.layer(stage.layer, routes, weights, x)
@@ -514,7 +607,8 @@ class Runtime:
         if routes.size > capacity and len(np.unique(routes)) > capacity:
             return self._run_groups(stage, x, weights, ids, routes, capacity)
         with self.manager.acquire(stage.layer, routes, wait=False) as lease:
-            if self._ahead is not None:
+            # What a prediction would load while stand-ins are allowed is mostly what they stand in for.
+            if self._ahead is not None and not self._substituting:
                 self._ahead.after_router(stage.layer, routes, lambda: x.float().numpy(), decode=self._kind.decode)
             lease.wait()
             output: torch.Tensor = stage.module.compute_resident(x, weights, ids)
@@ -547,6 +641,15 @@ class Runtime:
         if self._everything is None:
             self.manager.begin_step(tokens, phase)
         self._step_open = True
+        self._substituting = self._may_substitute(tokens, phase)
+
+    def _may_substitute(self, tokens: int, phase: Phase) -> bool:
+        if self.virtual is None or not self._kind.real:
+            return False
+        if self._kind.exact is not None and (not self._kind.decode or len(self._kind.exact) != tokens):
+            with self.virtual.exactly():  # rows of a prompt are not told apart by request: the whole pass is exact
+                return self.virtual.begin_step(tokens, phase)
+        return self.virtual.begin_step(tokens, phase)
 
     def _end(self, *, failed: bool = False) -> None:
         if self._step_open:
@@ -557,3 +660,5 @@ class Runtime:
                 self._everything.release()
                 self._everything = None
             self.manager.end_step()
+            if self.virtual is not None and self._kind.real:
+                self.virtual.end_step()

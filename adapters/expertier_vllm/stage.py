@@ -19,6 +19,7 @@ from expertier_vllm.checkpoint import CheckpointFiles, Source, SourceReader, ten
 
 if TYPE_CHECKING:
     from expertier_vllm.runtime import Runtime
+    from expertier_vllm.stand_ins import RouterScoring
 
 _SMALL: Final = 8  # rows below this fraction of an expert stay resident for all experts
 # Upstream: unquantized_fused_moe_method.py. No other method runs on the processors this was tested on.
@@ -93,6 +94,7 @@ class ExpertStage:
         self.filling = False
         self.rows: tuple[Row, ...] = ()
         self.runtime: Runtime
+        self.scoring: RouterScoring  # where virtual experts are on
         self._sources: dict[int, list[Source]] = {}
         self._creation: dict[str, Any] = {}
         self._method: Any = None
@@ -301,6 +303,12 @@ class ExpertStage:
             else:
                 # The same Parameter object: upstream's kernel keeps the one it was built with.
                 getattr(self.module, row.param).data = resident[name]
+
+    def choose(
+        self, logits: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Let resident experts stand in; see :meth:`expertier_vllm.runtime.Runtime.choose`."""
+        return self.runtime.choose(self, logits, weights, ids)
 
     def run(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Compute the layer's experts; see :meth:`expertier_vllm.runtime.Runtime.run`."""

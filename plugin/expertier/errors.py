@@ -126,8 +126,8 @@ class PredictorMismatchError(PredictorError):
     """The predictor was trained for another model."""
 
 
-class RoutingProfileError(ExpertierError):
-    """A profile of routes, or the speeds measured beside it, cannot be used for planning."""
+class RoutingDemandError(ExpertierError):
+    """A summary of routes, or the speeds measured beside it, cannot be used for planning."""
 
 
 class ConfigFileError(ExpertierError):

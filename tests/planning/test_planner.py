@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expertier.errors import BudgetError, RoutingProfileError
+from expertier.errors import BudgetError, RoutingDemandError
+from expertier.planning.demand import LayerDemand, RoutingDemand, read_demand
 from expertier.planning.planner import EXACT, QualitySetting, trade_off
-from expertier.planning.profile import LayerDemand, RoutingProfile, read_profile
 from expertier.planning.speed import EngineSpeed, SpeedSample, fit_speed, read_speed
 from expertier.planning.split import best_split
 from expertier.simulation import load_events, replay
@@ -27,7 +27,7 @@ SPEED = EngineSpeed(
 
 
 @pytest.fixture(scope="module")
-def profile(tmp_path_factory: pytest.TempPathFactory) -> RoutingProfile:
+def profile(tmp_path_factory: pytest.TempPathFactory) -> RoutingDemand:
     shape = header(layers=3, experts=8, top_k=2)
     trace = write_trace(tmp_path_factory.mktemp("trace") / "t", shape, skewed_routes(shape, 400))
     return summarise(load_events(trace))
@@ -56,7 +56,7 @@ def test_the_profile_says_what_replays_of_the_whole_trace_say(tmp_path: Path) ->
     assert found.loads_per_token(found.total_bytes) == 0
 
 
-def test_more_memory_never_means_more_loads_nor_less_speed(profile: RoutingProfile) -> None:
+def test_more_memory_never_means_more_loads_nor_less_speed(profile: RoutingDemand) -> None:
     found = trade_off(profile, profile.total_bytes, smallest=2 * 4096, largest=1 << 40, speed=SPEED)
     loads = [point.loads_per_token for point in found.curve]
     speeds = [point.tokens_per_second for point in found.curve]
@@ -66,7 +66,7 @@ def test_more_memory_never_means_more_loads_nor_less_speed(profile: RoutingProfi
 
 
 @given(st.integers(min_value=0, max_value=30 * 4096), st.floats(min_value=0, max_value=0.1))
-def test_no_plan_exceeds_its_budget_or_its_quality_budget(profile: RoutingProfile, budget: int, rise: float) -> None:
+def test_no_plan_exceeds_its_budget_or_its_quality_budget(profile: RoutingDemand, budget: int, rise: float) -> None:
     smallest = 2 * 4096
     if budget < smallest:
         with pytest.raises(BudgetError, match="impossible here"):
@@ -79,7 +79,7 @@ def test_no_plan_exceeds_its_budget_or_its_quality_budget(profile: RoutingProfil
     assert found.layers.staging_bytes <= budget
 
 
-def test_the_fastest_setting_within_the_quality_budget_is_chosen(profile: RoutingProfile) -> None:
+def test_the_fastest_setting_within_the_quality_budget_is_chosen(profile: RoutingDemand) -> None:
     half = profile.total_bytes // 2
     chosen = [
         trade_off(profile, half, smallest=8192, largest=1 << 40, speed=SPEED, quality=Curves(), most_rise=rise).chosen
@@ -92,7 +92,7 @@ def test_the_fastest_setting_within_the_quality_budget_is_chosen(profile: Routin
     assert chosen[2].loads_per_token == pytest.approx(0.3 * chosen[0].loads_per_token)
 
 
-def test_a_budget_that_memory_does_not_leave_is_refused(profile: RoutingProfile) -> None:
+def test_a_budget_that_memory_does_not_leave_is_refused(profile: RoutingDemand) -> None:
     with pytest.raises(BudgetError, match="memory leaves"):
         trade_off(profile, 20 * 4096, smallest=8192, largest=10 * 4096)
 
@@ -147,19 +147,19 @@ def test_compute_and_loads_are_told_apart() -> None:
 
 def test_too_short_a_measurement_is_refused() -> None:
     short = SpeedSample(budget_bytes=1, seconds=(0.1,) * 5, loads=(1,) * 5)
-    with pytest.raises(RoutingProfileError, match="Only 5 steps"):
+    with pytest.raises(RoutingDemandError, match="Only 5 steps"):
         fit_speed([short], total_bytes=100, engine="x", fingerprint="f", threads=1)
     enough = replace(short, budget_bytes=100, seconds=(0.1,) * 40, loads=(0,) * 40)
-    with pytest.raises(RoutingProfileError, match="No budget below"):
+    with pytest.raises(RoutingDemandError, match="No budget below"):
         fit_speed([enough], total_bytes=100, engine="x", fingerprint="f", threads=1)
 
 
-def test_profile_and_speed_survive_their_files(profile: RoutingProfile, tmp_path: Path) -> None:
+def test_profile_and_speed_survive_their_files(profile: RoutingDemand, tmp_path: Path) -> None:
     profile.write(tmp_path / "p.json")
-    assert read_profile(tmp_path / "p.json") == profile
+    assert read_demand(tmp_path / "p.json") == profile
     SPEED.write(tmp_path / "s.json")
     assert read_speed(tmp_path / "s.json") == SPEED
-    with pytest.raises(RoutingProfileError, match="not of other"):
+    with pytest.raises(RoutingDemandError, match="not of other"):
         profile.require_model("0" * 64, "other")
 
 
@@ -173,13 +173,13 @@ def test_profile_and_speed_survive_their_files(profile: RoutingProfile, tmp_path
         lambda data: data.pop("layers"),
     ],
 )
-def test_a_damaged_profile_is_refused_by_name(profile: RoutingProfile, tmp_path: Path, damage: object) -> None:
+def test_a_damaged_profile_is_refused_by_name(profile: RoutingDemand, tmp_path: Path, damage: object) -> None:
     profile.write(tmp_path / "p.json")
     data = json.loads((tmp_path / "p.json").read_text())
     damage(data)  # type: ignore[operator]
     (tmp_path / "p.json").write_text(json.dumps(data))
-    with pytest.raises(RoutingProfileError, match="not a profile of routes") as caught:
-        read_profile(tmp_path / "p.json")
+    with pytest.raises(RoutingDemandError, match="not a summary of routes") as caught:
+        read_demand(tmp_path / "p.json")
     assert "expertier profile" in caught.value.remedy
-    with pytest.raises(RoutingProfileError, match="speeds"):
+    with pytest.raises(RoutingDemandError, match="speeds"):
         read_speed(tmp_path / "p.json")

@@ -79,6 +79,29 @@ def test_every_counter_of_every_worker_and_phase_is_exposed_under_a_conventional
         assert all(sample.name.endswith("_total") == (family.type == "counter") for sample in family.samples)
 
 
+def test_what_stand_ins_cost_is_exposed_by_layer_where_they_are_on() -> None:
+    virtual = {
+        "bias": 0.1,
+        "tokens": 40,
+        "exact_tokens": 7,
+        "layers": [1, 3],
+        "substituted_share": [0.25, 0.5],
+        "substituted_mass": [0.125, 0.0625],
+    }
+    lossy = {**record(1), "virtual": virtual}
+    text = expose([record(), lossy]).decode()
+    found = samples(text)
+    assert found["expertier_virtual_bias", "1"] == 0.1
+    assert found["expertier_virtual_tokens_total", "1"] == 40
+    assert found["expertier_virtual_exact_tokens_total", "1"] == 7
+    assert 'expertier_substituted_share{layer="3",rank="1"} 0.5' in text
+    assert 'expertier_substituted_mass{layer="1",rank="1"} 0.125' in text
+    assert ("expertier_virtual_bias", "0") not in found
+    assert b"substituted" not in expose([record()])
+    workers = report([record(), lossy])["workers"]
+    assert workers[0]["virtual"] is None and workers[1]["virtual"] == virtual
+
+
 def test_the_sum_over_workers_has_ratios_of_the_sums() -> None:
     other = record(1, decode=PhaseCounters(ready_hits=0, misses=100))
     answer = report([other, record()])

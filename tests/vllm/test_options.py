@@ -53,7 +53,7 @@ def test_a_key_like_nothing_known_is_refused_with_the_list() -> None:
     with pytest.raises(UnsupportedOptionError) as caught:
         VllmOptions.from_additional_config({"expertier": {"zzz": 1}})
     assert "Did you mean" not in str(caught.value)
-    assert "budget, budget_endpoint, config, half_life" in str(caught.value)
+    assert "budget, budget_endpoint, config, governor, half_life" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -102,3 +102,10 @@ def test_the_scheduler_is_vllms_own_unless_asked() -> None:
     asked = VllmOptions.from_additional_config({"expertier": {"scheduler": "greedy"}})
     assert plain is not None and plain.scheduler is None
     assert asked is not None and asked.scheduler == "greedy"
+
+
+def test_a_hard_mask_is_refused_and_a_bias_is_taken() -> None:
+    with pytest.raises(UnsupportedOptionError, match="virtual_hard is not possible in vLLM"):
+        VllmOptions.from_additional_config({"expertier": {"virtual_hard": "on"}})
+    options = VllmOptions.from_additional_config({"expertier": {"virtual_bias": 0.1}})
+    assert options is not None and options.offload.virtual_bias == 0.1

@@ -43,6 +43,7 @@ def test_a_plain_server_is_not_refused() -> None:
         ({"data_parallel": 2}, UnsupportedOptionError, "--data-parallel-size"),
         ({"context_parallel": 2}, UnsupportedOptionError, "Context parallelism"),
         ({"micro_batches": True}, UnsupportedOptionError, "--enable-dbo"),
+        ({"virtual": True, "tensor_parallel": 2}, UnsupportedOptionError, "--tensor-parallel-size 2"),
         ({"elastic": True}, UnsupportedOptionError, "Elastic"),
         ({"lora": True}, UnsupportedOptionError, "--enable-lora"),
         ({"speculative": True}, UnsupportedOptionError, "Speculative decoding"),
@@ -73,6 +74,7 @@ def refusals(moe: str, dense: str) -> dict[str, str]:
         "unknown key": (moe, {"expertier": {"budgt": "50%"}}),
         "expert parallel": (moe, {"enable_expert_parallel": True, "tensor_parallel_size": 2}),
         "lora": (moe, {"enable_lora": True}),
+        "virtual workers": (moe, {"expertier": {"virtual_bias": 0.1}, "tensor_parallel_size": 2}),
         "speculative": (
             moe,
             {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}},
@@ -113,6 +115,7 @@ def refused(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         ("unknown key", "UnsupportedOptionError: Expertier has no option 'budgt'. Did you mean 'budget'?"),
         ("expert parallel", "UnsupportedOptionError: --enable-expert-parallel is not supported"),
         ("lora", "UnsupportedOptionError: --enable-lora is not supported"),
+        ("virtual workers", "UnsupportedOptionError: Virtual experts are not possible with --tensor-parallel-size 2"),
         ("speculative", "UnsupportedOptionError: Speculative decoding is not supported"),
         ("dummy weights", "UnsupportedOptionError: --load-format dummy"),
         ("offload", "UnsupportedOptionError: vLLM's own weight offloading is on"),

@@ -21,14 +21,14 @@ from expertier.cli.profile import trace_path
 from expertier.cli.simulate import USUAL_LATENCY, recorded_timing, replay_progress
 from expertier.config import OffloadOptions
 from expertier.config_file import write_config
-from expertier.errors import RoutingProfileError
+from expertier.errors import RoutingDemandError
 from expertier.paths import cache_dir
 from expertier.planning.calibrate import measure_disk
+from expertier.planning.demand import RoutingDemand, read_demand
 from expertier.planning.figure import draw_trade_off
 from expertier.planning.memory import memory_limits
 from expertier.planning.plan import Plan, make_plan
 from expertier.planning.planner import TradeOff, trade_off
-from expertier.planning.profile import RoutingProfile, read_profile
 from expertier.planning.speed import EngineSpeed, read_speed
 from expertier.quality.planning import plan_quality
 from expertier.routing import read_trace
@@ -116,29 +116,31 @@ def find_routes(catalog: Catalog, given: Path | None) -> Path | None:
     return usual if usual.exists() else None
 
 
-def load_routes(path: Path, catalog: Catalog) -> RoutingProfile:
-    """Read a profile of routes, or make it from a trace and keep it beside that.
+def load_routes(path: Path, catalog: Catalog) -> RoutingDemand:
+    """Read a summary of routes, or make it from a trace and keep it beside that.
 
     Raises
     ------
-    RoutingProfileError, TraceError
+    RoutingDemandError, TraceError
         The file is neither, or of another model.
     """
     if path.suffix == ".json":
-        profile = read_profile(path)
-        profile.require_model(catalog.fingerprint, catalog.path.name)
-        return profile
+        given = read_demand(path)
+        given.require_model(catalog.fingerprint, catalog.path.name)
+        return given
     trace = read_trace(path)
     trace.require_model(catalog.fingerprint, catalog.path.name)
-    kept = path.with_name(path.name + ".routing.json")
-    with suppress(RoutingProfileError, OSError):
+    kept = path.with_name(path.name + ".demand.json")
+    with suppress(RoutingDemandError, OSError):
         if kept.stat().st_mtime >= path.stat().st_mtime:
-            return read_profile(kept)
+            known = read_demand(kept)
+            known.require_model(catalog.fingerprint, catalog.path.name)
+            return known
     with replay_progress(1) as progress:
-        profile = summarise(load_events(trace, most_tokens=_MOST_TOKENS), seen=progress)
+        found = summarise(load_events(trace, most_tokens=_MOST_TOKENS), seen=progress)
     with suppress(OSError):  # a folder that cannot be written to costs the replays again
-        profile.write(kept)
-    return profile
+        found.write(kept)
+    return found
 
 
 _MOST_TOKENS = 6000  # replays of more change the curve by less than texts differ

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from expertier.budget import format_bytes
 from expertier.errors import BudgetError
-from expertier.planning.profile import RoutingProfile
+from expertier.planning.demand import RoutingDemand
 from expertier.planning.speed import EngineSpeed
 from expertier.planning.split import best_split
 
@@ -132,7 +132,7 @@ class TradeOff:
 
 
 def trade_off(
-    profile: RoutingProfile,
+    demand: RoutingDemand,
     budget: int,
     *,
     smallest: int,
@@ -146,8 +146,8 @@ def trade_off(
 
     Parameters
     ----------
-    profile : RoutingProfile
-        The model's routing.
+    demand : RoutingDemand
+        What the model's routing asks for.
     budget : int
         Bytes for experts.
     smallest, largest : int
@@ -166,23 +166,23 @@ def trade_off(
     BudgetError
         The budget lies outside the edge.
     """
-    largest = min(largest, profile.total_bytes)
-    budget = min(budget, profile.total_bytes)
+    largest = min(largest, demand.total_bytes)
+    budget = min(budget, demand.total_bytes)
     if not smallest <= budget <= largest:
         raise BudgetError(
             f"A budget of {format_bytes(budget)} is impossible here: one token needs {format_bytes(smallest)}, memory "
             f"leaves {format_bytes(max(0, largest))}.",
             "Choose a budget in between." if smallest <= largest else "Raise the memory limit or use a smaller model.",
         )
-    step = (profile.total_bytes - smallest) / (points - 1)
-    grid = [smallest + int(step * place) for place in range(points - 1)] + [profile.total_bytes]
+    step = (demand.total_bytes - smallest) / (points - 1)
+    grid = [smallest + int(step * place) for place in range(points - 1)] + [demand.total_bytes]
 
     def plan(amount: int, rise: float) -> PlannedBudget:
-        return _plan_one(profile, amount, speed, quality, rise)
+        return _plan_one(demand, amount, speed, quality, rise)
 
     return TradeOff(
         chosen=plan(budget, most_rise),
-        layers=_plan_layers(profile, budget, speed),
+        layers=_plan_layers(demand, budget, speed),
         curve=tuple(plan(amount, most_rise) for amount in grid),
         exact_curve=tuple(plan(amount, 0.0) for amount in grid),
         smallest_bytes=smallest,
@@ -191,44 +191,44 @@ def trade_off(
 
 
 def _plan_one(
-    profile: RoutingProfile, budget: int, speed: EngineSpeed | None, quality: QualityCurves | None, most_rise: float
+    demand: RoutingDemand, budget: int, speed: EngineSpeed | None, quality: QualityCurves | None, most_rise: float
 ) -> PlannedBudget:
-    share = budget / profile.total_bytes
+    share = budget / demand.total_bytes
     known = [EXACT, *(quality.settings(share) if quality is not None and most_rise > 0 else ())]
     allowed = [setting for setting in known if setting.perplexity_rise <= most_rise]
     # Fewest loads is fastest; of equals the least lossy.
     best = min(allowed, key=lambda setting: (setting.loads_ratio, setting.perplexity_rise))
-    loads = profile.loads_per_token(budget) * best.loads_ratio
+    loads = demand.loads_per_token(budget) * best.loads_ratio
     seconds = compute = None
     if speed is not None:
-        seconds = speed.token_seconds(loads, everything=budget >= profile.total_bytes)
+        seconds = speed.token_seconds(loads, everything=budget >= demand.total_bytes)
         compute = min(1.0, speed.managed_seconds / seconds)
     return PlannedBudget(
         budget_bytes=budget,
         share=share,
         setting=best,
-        hit_ratio=1.0 - loads / profile.requests_per_token,
+        hit_ratio=1.0 - loads / demand.requests_per_token,
         loads_per_token=loads,
-        bytes_per_token=profile.bytes_per_token(budget) * best.loads_ratio,
+        bytes_per_token=demand.bytes_per_token(budget) * best.loads_ratio,
         tokens_per_second=None if seconds is None else 1.0 / seconds,
         compute_share=compute,
     )
 
 
-def _plan_layers(profile: RoutingProfile, budget: int, speed: EngineSpeed | None) -> LayerPlan:
-    found = best_split(profile.layers, budget)
-    slots, loads = found if found is not None else ((0,) * len(profile.layers), float("inf"))
-    saved = profile.loads_per_token(budget) - loads
-    widest = max(layer.experts * layer.slot_bytes for layer in profile.layers)
+def _plan_layers(demand: RoutingDemand, budget: int, speed: EngineSpeed | None) -> LayerPlan:
+    found = best_split(demand.layers, budget)
+    slots, loads = found if found is not None else ((0,) * len(demand.layers), float("inf"))
+    saved = demand.loads_per_token(budget) - loads
+    widest = max(layer.experts * layer.slot_bytes for layer in demand.layers)
     width = None
     if speed is not None:
-        most = max(layer.top_k for layer in profile.layers)
-        layer_seconds = speed.managed_seconds / len(profile.layers)
+        most = max(layer.top_k for layer in demand.layers)
+        layer_seconds = speed.managed_seconds / len(demand.layers)
         width = most if not speed.load_seconds else min(most, int(layer_seconds / speed.load_seconds))
     return LayerPlan(
         slots=slots,
         loads_saved=saved if found is not None else 0.0,
-        quotas_pay=found is not None and saved > _QUOTAS_PAY_FROM * profile.requests_per_token,
+        quotas_pay=found is not None and saved > _QUOTAS_PAY_FROM * demand.requests_per_token,
         staging_bytes=min(budget, 2 * widest),
         prefetch_width=width,
     )

@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
-from expertier.errors import RoutingProfileError
+from expertier.errors import RoutingDemandError
 
 SCHEMA = "expertier-engine-speed/1"
 _LEAST_STEPS = 24
@@ -94,28 +95,25 @@ def fit_speed(
 
     Raises
     ------
-    RoutingProfileError
+    RoutingDemandError
         There are too few steps.
     """
     loads, seconds = [], []
     resident = None
     for sample in samples:
         if len(sample.seconds) < _LEAST_STEPS:
-            raise RoutingProfileError(
+            raise RoutingDemandError(
                 f"Only {len(sample.seconds)} steps were measured, {_LEAST_STEPS} are needed.", "Give longer texts."
             )
         took, absent = np.array(sample.seconds), np.array(sample.loads, float)
         if sample.budget_bytes >= total_bytes:
             resident = float(np.median(took))
             continue
-        # Means, because the few slow steps are part of a token's time; but not what the system did meanwhile.
-        for level in np.unique(absent):
-            of_level = took[absent == level]
-            usual = of_level[of_level <= _BUSY * np.median(of_level)]
-            loads += [level] * len(usual)
-            seconds += usual.tolist()
+        usual = usual_steps(sample)
+        loads += absent[usual].tolist()
+        seconds += took[usual].tolist()
     if not loads:
-        raise RoutingProfileError("No budget below all experts was measured.", "Measure again.")
+        raise RoutingDemandError("No budget below all experts was measured.", "Measure again.")
     slope, start = (
         np.polyfit(loads, seconds, 1) if np.std(loads) >= 0.5 else (0.0, float(np.mean(seconds)))  # too alike to tell
     )
@@ -131,12 +129,26 @@ def fit_speed(
     )
 
 
+def usual_steps(sample: SpeedSample) -> NDArray[np.bool_]:
+    """Steps during which the system did nothing else, shape ``(steps,)``.
+
+    A step counts as usual up to twice the time of most steps with about as many loads. What is left is to be averaged:
+    the slower ones of these are part of a token's time.
+    """
+    took, loads = np.array(sample.seconds), np.array(sample.loads)
+    usual = np.zeros(len(took), bool)
+    order = np.argsort(loads, kind="stable")
+    for part in np.array_split(order, max(1, len(took) // _LEAST_STEPS)):
+        usual[part] = took[part] <= _BUSY * np.median(took[part])
+    return usual
+
+
 def read_speed(path: Path) -> EngineSpeed:
     """Read what :meth:`EngineSpeed.write` wrote.
 
     Raises
     ------
-    RoutingProfileError
+    RoutingDemandError
         It is something else.
     """
     try:
@@ -148,7 +160,7 @@ def read_speed(path: Path) -> EngineSpeed:
         if not all(np.isfinite(figures)) or min(figures) < 0 or not speed.managed_seconds:
             raise ValueError("it holds figures that are none")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RoutingProfileError(
+        raise RoutingDemandError(
             f"{path} does not hold an engine's speeds: {error}.", "Measure them: expertier plan MODEL --calibrate."
         ) from error
     return speed

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from expertier.planning.profile import LayerDemand
+from expertier.planning.demand import LayerDemand
 
 _MOST_UNITS = 8192
 

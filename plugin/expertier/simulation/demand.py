@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from expertier.planning.profile import BudgetPoint, LayerDemand, RoutingProfile
+from expertier.planning.demand import BudgetPoint, LayerDemand, RoutingDemand
 from expertier.residency.lfu import DEFAULT_HALF_LIFE
 from expertier.simulation.events import Events
 from expertier.simulation.replay import replay
@@ -16,7 +16,7 @@ SHARES = (0.0625, 0.125, 0.1875, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
 _WARM_UP = 0.1  # of the steps: loads into an empty pool say nothing about serving
 
 
-def summarise(events: Events, *, policy: str = "lfu", seen: Callable[[float], None] | None = None) -> RoutingProfile:
+def summarise(events: Events, *, policy: str = "lfu", seen: Callable[[float], None] | None = None) -> RoutingDemand:
     """Replay a trace under budgets from the smallest possible to nearly all experts.
 
     Parameters
@@ -52,7 +52,7 @@ def summarise(events: Events, *, policy: str = "lfu", seen: Callable[[float], No
             )
         )
     points.append(BudgetPoint(budget_bytes=total, hit_ratio=1.0, loads_per_token=0.0, bytes_per_token=0.0))
-    return RoutingProfile(
+    return RoutingDemand(
         fingerprint=events.header.fingerprint,
         model=events.header.model or events.header.architecture,
         policy=policy,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Final
 
 from expertier.errors import UnsupportedOptionError
@@ -30,14 +31,14 @@ def take_over(config: Any) -> None:
     """
     if config.model_config is None or config.model_config.is_submodel_config:
         return
-    check_server(read_facts(config))
+    wanted = VllmOptions.from_additional_config(config.additional_config)
+    check_server(replace(read_facts(config), virtual=wanted is not None and wanted.lossy))
     parallel, scheduler = config.parallel_config, config.scheduler_config
     if parallel.worker_cls not in (_STOCK_WORKER, WORKER):
         raise UnsupportedOptionError(
             f"--worker-cls {parallel.worker_cls} is not vLLM's own.", "Start without it, or without Expertier."
         )
     parallel.worker_cls = WORKER
-    wanted = VllmOptions.from_additional_config(config.additional_config)
     if wanted is not None and wanted.scheduler is not None:
         if scheduler.scheduler_cls not in (None, SCHEDULER, REGROUPING):
             raise UnsupportedOptionError(
@@ -71,6 +72,7 @@ def read_facts(config: Any) -> ServerFacts:
         load_strategy=load.safetensors_load_strategy,
         multithread_load=isinstance(extra, dict) and bool(extra.get("enable_multithread_load")),
         data_parallel=parallel.data_parallel_size,
+        tensor_parallel=parallel.tensor_parallel_size,
         context_parallel=max(parallel.prefill_context_parallel_size, parallel.decode_context_parallel_size),
         expert_parallel=parallel.enable_expert_parallel,
         eplb=parallel.enable_eplb,

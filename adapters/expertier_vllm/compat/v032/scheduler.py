@@ -16,11 +16,30 @@ ROUTES: Final = "expertier_routes"
 """The same: a :class:`expertier_vllm.route_log.StepRoutes`, if the scheduler regroups requests."""
 
 
+EXACT: Final = "expertier_exact"
+"""Key in ``SamplingParams.extra_args`` (``vllm_xargs`` over HTTP): no expert may stand in for this request's."""
+
+
+def wants_exactness(parameters: Any) -> bool:
+    """Whether a request asked for exactness; anything but a clear no is a yes."""
+    given = (getattr(parameters, "extra_args", None) or {}).get(EXACT, False)
+    return given not in (False, 0, None, "", "0", "false", "no", "off")
+
+
 class ExpertierScheduler(Scheduler):  # type: ignore[misc]
     """vLLM's scheduler, which ends the requests of a step whose experts could not be loaded.
 
     In stock, whatever a worker raises ends the server. A disk that fails once need not.
     """
+
+    def add_request(self, request: Any) -> None:
+        """Keep a request that asked for exactness away from what others computed with stand-ins and left in the cache.
+
+        Upstream: ``Request.skip_reading_prefix_cache``.
+        """
+        if wants_exactness(request.sampling_params):
+            request.skip_reading_prefix_cache = True
+        super().add_request(request)
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         problem = getattr(model_runner_output, PROBLEM, None)

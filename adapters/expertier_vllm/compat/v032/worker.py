@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,7 +29,7 @@ from expertier.planning.memory import process_memory, reset_peak
 from expertier_vllm import refusals
 from expertier_vllm.board import Board, Reporter
 from expertier_vllm.compat.v032 import REGROUPING, SCHEDULER
-from expertier_vllm.compat.v032.scheduler import PROBLEM, ROUTES
+from expertier_vllm.compat.v032.scheduler import PROBLEM, ROUTES, wants_exactness
 from expertier_vllm.compat.v032.tokens import announce_tokens
 from expertier_vllm.experts import constructing, managed_class
 from expertier_vllm.options import VllmOptions
@@ -97,7 +98,7 @@ class ExpertierWorker(CPUWorker):  # type: ignore[misc]
         options = VllmOptions.from_additional_config(self.vllm_config.additional_config)
         assert options is not None
         _register_experts(self.vllm_config.model_config.architectures)
-        self.expertier = Runtime(options, self._facts(), _step_kind)
+        self.expertier = Runtime(options, self._facts(), self._step_kind)
         token = constructing.set(self.expertier)
         try:
             with _own_iterator(self.expertier):
@@ -109,6 +110,26 @@ class ExpertierWorker(CPUWorker):  # type: ignore[misc]
         announce_tokens(self.model_runner, self.expertier.announce)
         if self.vllm_config.scheduler_config.scheduler_cls == REGROUPING:
             self.expertier.log_routes()
+        if self.expertier.virtual is not None:
+            from expertier_vllm.compat.v032 import router
+
+            router.install(self.get_model())
+
+    def _step_kind(self) -> StepKind:
+        """Also tell which requests must be exact: those that asked for it, and the last token of a prompt.
+
+        Upstream: ``GPUModelRunner.requests`` and ``.input_batch``: ``req_ids``, the order of requests in the batch,
+        ``num_computed_tokens_cpu`` and ``num_prompt_tokens``.
+        """
+        kind = _step_kind()
+        if not kind.real or self.expertier.virtual is None:
+            return kind
+        batch, requests = self.model_runner.input_batch, self.model_runner.requests
+        count = batch.num_reqs
+        exact = np.array([wants_exactness(requests[name].sampling_params) for name in batch.req_ids[:count]])
+        if kind.decode:  # rows of a longer prompt are not told apart, and it is exact as a whole
+            exact |= batch.num_computed_tokens_cpu[:count] < batch.num_prompt_tokens[:count]
+        return replace(kind, exact=exact) if exact.any() else kind
 
     def _facts(self) -> WorkerFacts:
         parallel = self.vllm_config.parallel_config
@@ -174,7 +195,8 @@ class ExpertierWorker(CPUWorker):  # type: ignore[misc]
         self.expertier.failure = None
         self._step_tokens = scheduler_output.total_num_scheduled_tokens
         try:
-            output = super().execute_model(scheduler_output)
+            with self.expertier.stepping:
+                output = super().execute_model(scheduler_output)
             if workers == 1 or not self._any_failed():
                 return output
             problem = str(self.expertier.failure or "another worker could not load an expert; its log tells which.")

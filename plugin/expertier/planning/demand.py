@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from expertier.errors import RoutingProfileError
+from expertier.errors import RoutingDemandError
 
-SCHEMA = "expertier-routing-profile/1"
+SCHEMA = "expertier-routing-demand/1"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ class LayerDemand:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RoutingProfile:
+class RoutingDemand:
     """A model's routing, as the planner needs it.
 
     Attributes
@@ -91,7 +91,7 @@ class RoutingProfile:
 
     @property
     def smallest_bytes(self) -> int:
-        """The smallest budget the profile knows about."""
+        """The smallest budget it knows about."""
         return self.points[0].budget_bytes
 
     @property
@@ -114,37 +114,37 @@ class RoutingProfile:
         return 1.0 - self.loads_per_token(budget) / self.requests_per_token
 
     def require_model(self, fingerprint: str, name: str) -> None:
-        """Refuse the profile of another model.
+        """Refuse what is of another model.
 
         Raises
         ------
-        RoutingProfileError
+        RoutingDemandError
             It is another model's.
         """
         if self.fingerprint != fingerprint:
-            raise RoutingProfileError(
-                f"The profile is of {self.model} ({self.fingerprint[:12]}), not of {name} ({fingerprint[:12]}).",
+            raise RoutingDemandError(
+                f"The routes are of {self.model} ({self.fingerprint[:12]}), not of {name} ({fingerprint[:12]}).",
                 f"Make one: expertier profile {name} --text FILE.",
             )
 
     def write(self, path: Path) -> None:
-        """Write the profile as JSON."""
+        """Write it as JSON."""
         path.write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
 
 
-def read_profile(path: Path) -> RoutingProfile:
-    """Read a profile that :meth:`RoutingProfile.write` wrote.
+def read_demand(path: Path) -> RoutingDemand:
+    """Read what :meth:`RoutingDemand.write` wrote.
 
     Raises
     ------
-    RoutingProfileError
+    RoutingDemandError
         It is none, or contradicts itself.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         if data.get("schema") != SCHEMA:
             raise ValueError(f"its schema is {data.get('schema')!r}")
-        profile = RoutingProfile(
+        found = RoutingDemand(
             **{
                 **data,
                 "points": tuple(BudgetPoint(**point) for point in data["points"]),
@@ -154,21 +154,21 @@ def read_profile(path: Path) -> RoutingProfile:
                 ),
             }
         )
-        _check(profile)
+        _check(found)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RoutingProfileError(
-            f"{path} is not a profile of routes: {error}.", "Make one: expertier profile MODEL --text FILE."
+        raise RoutingDemandError(
+            f"{path} is not a summary of routes: {error}.", "Make one: expertier profile MODEL --text FILE."
         ) from error
-    return profile
+    return found
 
 
-def _check(profile: RoutingProfile) -> None:
-    budgets = [point.budget_bytes for point in profile.points]
-    if not budgets or sorted(set(budgets)) != budgets or not profile.layers:
+def _check(found: RoutingDemand) -> None:
+    budgets = [point.budget_bytes for point in found.points]
+    if not budgets or sorted(set(budgets)) != budgets or not found.layers:
         raise ValueError("its budgets are not in ascending order")
-    figures: list[Sequence[float]] = [(point.loads_per_token, point.bytes_per_token) for point in profile.points]
-    figures += [layer.misses for layer in profile.layers]
+    figures: list[Sequence[float]] = [(point.loads_per_token, point.bytes_per_token) for point in found.points]
+    figures += [layer.misses for layer in found.layers]
     if not all(np.isfinite(row).all() and min(row) >= 0 for row in figures):
         raise ValueError("it holds figures that are none")
-    if any(len(layer.misses) != layer.experts + 1 for layer in profile.layers):
+    if any(len(layer.misses) != layer.experts + 1 for layer in found.layers):
         raise ValueError("a layer's demand is incomplete")

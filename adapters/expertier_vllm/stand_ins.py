@@ -1,0 +1,86 @@
+"""Virtual experts in a batch: resident experts stand in for absent ones, with the router's own weights."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from expertier.manager import OffloadManager
+from expertier.virtual import VirtualExperts
+
+
+class RouterScoring(Protocol):
+    """A router's arithmetic, for experts it did not choose itself."""
+
+    def probabilities(self, logits: torch.Tensor) -> NDArray[np.float32]:
+        """Gate weights of all experts before renormalisation and scaling, shape ``(tokens, experts)``."""
+
+    def ranking(self, logits: torch.Tensor) -> NDArray[np.float32]:
+        """What experts are ranked by, on the same scale; ``-inf`` for those it may not choose."""
+
+    def weights(self, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """The router's own weights of any experts, shape of `ids`."""
+
+
+def stand_in(
+    virtual: VirtualExperts,
+    manager: OffloadManager,
+    layer: int,
+    scoring: RouterScoring,
+    logits: torch.Tensor,
+    weights: torch.Tensor,
+    ids: torch.Tensor,
+    exact: NDArray[np.bool_] | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose the experts a layer computes with.
+
+    Parameters
+    ----------
+    virtual : VirtualExperts
+        What is allowed.
+    manager : OffloadManager
+        Knows who is resident.
+    layer : int
+        The layer.
+    scoring : RouterScoring
+        Its router.
+    logits : Tensor, shape (tokens, experts)
+        What the router was given.
+    weights, ids : Tensor of float32 and int32, shape (tokens, top_k)
+        What it chose, in any order.
+    exact : ndarray of bool, shape (tokens,), or None
+        Tokens of requests that asked for exactness.
+
+    Returns
+    -------
+    weights, ids : Tensor
+        The very tensors given when nothing is replaced; a token that keeps its experts keeps its weights bit by bit.
+    """
+    routes = ids.numpy().astype(np.int64)
+    resident = manager.resident(layer, arriving=True)
+    if resident[routes].all():
+        virtual.choose(layer, routes, resident, _not_asked)  # counts the wishes
+        return weights, ids
+    ranking = scoring.ranking(logits)
+    rows = np.arange(len(routes))[:, None]
+    best_first = np.argsort(-ranking[rows, routes], axis=1, kind="stable")
+    ordered = routes[rows, best_first]
+    plain = scoring.probabilities(logits)[rows, ordered]
+    chosen = virtual.choose(layer, ordered, resident, lambda: (ranking, plain), exact=exact)
+    if chosen is ordered:
+        return weights, ids
+    placed = np.empty_like(routes)
+    placed[rows, best_first] = chosen
+    changed = np.flatnonzero((placed != routes).any(axis=1))
+    new_ids, new_weights = ids.clone(), weights.clone()
+    of_changed = torch.from_numpy(changed)
+    new_ids[of_changed] = torch.from_numpy(placed[changed]).to(ids.dtype)
+    new_weights[of_changed] = scoring.weights(logits[of_changed], new_ids[of_changed]).to(weights.dtype)
+    return new_weights, new_ids
+
+
+def _not_asked() -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    raise AssertionError("nothing is absent")
