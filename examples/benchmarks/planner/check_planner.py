@@ -34,7 +34,7 @@ from expertier.routing import read_trace
 from expertier.simulation import Events, load_events
 from expertier_llamacpp import Llama
 
-WARM_UP = 64
+WARM_UP = 48
 
 
 class Run:
