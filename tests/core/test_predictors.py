@@ -21,13 +21,17 @@ from expertier.errors import (
 from expertier.routing.blend import BlendScorer, BlendWeights, fit_logistic, logit
 from expertier.routing.evaluate import AHEAD, BEFORE, SOON, Score, find
 from expertier.routing.history import SequencePredictor
+from expertier.routing.lookahead import Lookahead
 from expertier.routing.path import PathScorer, PathShape
 from expertier.routing.predictor import HORIZONS, Forecast, RoutePredictor, merge
+from expertier.routing.recorder import TraceRecorder
 from expertier.routing.saved import MANIFEST, Trained, load, load_predictor, save
 from expertier.routing.table import TableScorer, count_layers
+from expertier.routing.trace import read_trace
 from expertier.routing.train import TrainSettings, report, train
-from expertier.routing.windows import Windows
+from expertier.routing.windows import Windows, read_windows
 from support.lawful import VOCABULARY, lawful_text, lawful_windows, routed_model
+from support.traces import header
 
 torch = pytest.importorskip("torch")
 
@@ -264,6 +268,45 @@ def test_logistic_regression_finds_the_weights_that_made_the_data() -> None:
     used = dice.random(20_000) < 1 / (1 + np.exp(-(inputs @ [1.5, -0.5, -1.0])))
     assert fit_logistic(inputs, used) == pytest.approx([1.5, -0.5, -1.0], abs=0.1)
     assert logit(np.array([0.0, 0.5, 1.0], np.float32))[1] == 0
+
+
+def test_the_lookahead_scores_later_layers_under_their_own_norms() -> None:
+    dice = np.random.default_rng(0)
+    gates = {layer: dice.standard_normal((8, 6)).astype(np.float32) for layer in range(3)}
+    norms = {layer: dice.uniform(0.5, 2, 6).astype(np.float32) for layer in range(3)}
+    lookahead = Lookahead(gates=gates, norms=norms, top_k=dict.fromkeys(gates, 2))
+    residual = dice.standard_normal(6).astype(np.float32)
+    scores = lookahead.scores(0, residual * norms[0])
+    assert list(scores) == [1, 2]
+    for layer in (1, 2):
+        np.testing.assert_allclose(scores[layer], gates[layer] @ (residual * norms[layer]), rtol=1e-4)
+    assert list(lookahead.scores(0, residual, ahead=1)) == [1]
+    assert lookahead.scores(2, residual) == {}
+
+
+def test_the_blend_learns_from_samples_how_far_to_trust_the_lookahead(tmp_path: Path) -> None:
+    dice = np.random.default_rng(0)
+    gates = {layer: dice.standard_normal((8, 6)).astype(np.float32) for layer in range(3)}
+    lookahead = Lookahead(gates=gates, norms={}, top_k=dict.fromkeys(gates, 2))
+    shape = header(3, 8, 2, tokens=True, hidden_size=6)
+    with TraceRecorder(tmp_path / "sampled.trace", shape) as recorder:
+        for request in range(36):
+            for position in range(40):
+                hidden = dice.standard_normal((1, 6)).astype(np.float32)  # the same for all layers: it knows the routes
+                recorder.begin_step("decode", requests=request, positions=[position], token_ids=[position % 5])
+                for layer in range(3):
+                    chosen = np.argsort(-(hidden @ gates[layer].T), axis=1)[:, :2]
+                    recorder.record(layer, chosen, hidden=hidden)
+                recorder.end_step()
+    windows, _ = read_windows([read_trace(tmp_path / "sampled.trace")])
+    assert windows.inputs is not None and len(windows.inputs.window) == 36 * 40 * 3
+    trained, kept_back = train(windows, tokens=False, lookahead=lookahead)
+    scores = report(trained, [("kept back", kept_back)], lookahead=lookahead)
+    alone = find(scores, "lookahead", AHEAD[0], "kept back")
+    mixed, without = (find(scores, name, AHEAD[0], "kept back") for name in ("blend + lookahead", "blend"))
+    assert alone and mixed and without
+    assert alone.mean_recall() > 0.99 and mixed.mean_recall() > without.mean_recall() + 0.1
+    assert find(scores, "lookahead", BEFORE, "kept back") is None
 
 
 # ---- saved predictors

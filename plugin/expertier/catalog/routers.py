@@ -19,6 +19,7 @@ Weights = NDArray[np.float32]
 
 # `mlp.gate` (Qwen, OLMoE, DeepSeek), `block_sparse_moe.gate` (Mixtral), `mlp.router` (gpt-oss).
 _ROUTER: Final = re.compile(r"\blayers\.(\d+)\.(?:[a-z_]+\.)*(?:gate|router)\.weight$")
+_NORM: Final = re.compile(r"\blayers\.(\d+)\.post_attention_layernorm\.weight$")
 _EMBEDDING: Final = re.compile(r"\b(?:embed_tokens|word_embeddings|wte)\.weight$")
 
 
@@ -47,6 +48,26 @@ def read_routers(catalog: Catalog) -> dict[int, Weights]:
     for tensor in _checkpoint_tensors(catalog):
         match = _ROUTER.search(tensor.name)
         if match and tensor.dtype in _DECODERS and tensor.shape[:1] == (experts.get(int(match[1])),):
+            found[int(match[1])] = _decode(tensor)
+    return found
+
+
+def read_norms(catalog: Catalog) -> dict[int, Weights]:
+    """Read the weights of the norm before each router, by layer, shape ``(hidden,)``; unusual ones are missing."""
+    layers = {layer.layer for layer in catalog.layers}
+    found: dict[int, Weights] = {}
+    if catalog.format == "gguf":
+        layouts = gguf.read_layout(catalog.path)
+        names = {tensor.name for layout in layouts for tensor in layout.tensors}
+        for layer in layers:
+            for norm in ("ffn_norm", "post_attention_norm"):
+                if (name := f"blk.{layer}.{norm}.weight") in names:
+                    found[layer] = gguf.read_tensor(layouts, name)
+                    break
+        return found
+    for tensor in _checkpoint_tensors(catalog):
+        match = _NORM.search(tensor.name)
+        if match and tensor.dtype in _DECODERS and len(tensor.shape) == 1 and int(match[1]) in layers:
             found[int(match[1])] = _decode(tensor)
     return found
 

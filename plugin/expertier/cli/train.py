@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +17,14 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRe
 from rich.table import Table
 
 from expertier.catalog import read_catalog
-from expertier.catalog.routers import read_embedding, read_routers, routers_digest
+from expertier.catalog.routers import read_embedding, read_norms, read_routers, routers_digest
 from expertier.cli.folder import prepare_folder
 from expertier.cli.options import print_json
 from expertier.cli.train_figure import draw_scores
 from expertier.errors import TraceMismatchError, UnsupportedEngineError, UnsupportedOptionError
 from expertier.routing import read_trace
 from expertier.routing.evaluate import Score
+from expertier.routing.lookahead import Lookahead
 from expertier.routing.predictor import RoutedModel
 from expertier.routing.saved import MANIFEST, Trained, save
 from expertier.routing.train import Progress as Tell
@@ -62,7 +63,7 @@ def train_command(request: TrainRequest) -> None:
         raise UnsupportedOptionError("There is no trace to train on.", "Record one with `expertier profile`.")
     windows, tokens = read_windows([read_trace(path, partial=request.partial) for path in request.traces])
     tests = [_test(path, windows, request) for path in request.tests]
-    embedding, windows = _look_at_model(request.model, windows)
+    embedding, lookahead, windows = _look_at_model(request.model, windows)
     prepare_folder(request.out, "predictors", MANIFEST)
     if not tokens:
         print(
@@ -73,7 +74,12 @@ def train_command(request: TrainRequest) -> None:
     with _progress() as tell:
         try:
             trained, kept_back = train(
-                windows, tokens=tokens, settings=request.settings, embedding=embedding, progress=tell
+                windows,
+                tokens=tokens,
+                settings=request.settings,
+                embedding=embedding,
+                lookahead=lookahead,
+                progress=tell,
             )
         except ModuleNotFoundError as error:
             if error.name not in ("torch", "safetensors"):
@@ -84,7 +90,7 @@ def train_command(request: TrainRequest) -> None:
         save(request.out, trained)
         if request.report:
             texts = [(KEPT_BACK, kept_back), *tests]
-            scores = report(trained, texts, most_tokens=request.report_tokens, progress=tell)
+            scores = report(trained, texts, most_tokens=request.report_tokens, lookahead=lookahead, progress=tell)
     if scores:
         record = {"model": asdict(trained.model), "facts": trained.facts, "scores": [asdict(item) for item in scores]}
         (request.out / REPORT).write_text(json.dumps(record, indent=1))
@@ -105,20 +111,24 @@ def _test(path: Path, windows: Windows, request: TrainRequest) -> tuple[str, Win
     return path.stem, found
 
 
-def _look_at_model(path: Path | None, windows: Windows) -> tuple[NDArray[np.float32] | None, Windows]:
-    """Return the model's token embedding, and the windows with its identity."""
+def _look_at_model(path: Path | None, windows: Windows) -> tuple[NDArray[np.float32] | None, Lookahead | None, Windows]:
+    """Return the model's token embedding and lookahead, and the windows with its identity."""
     if path is None:
-        return None, windows
+        return None, None, windows
     catalog = read_catalog(path)
-    model = RoutedModel.of_catalog(catalog, routers_digest(read_routers(catalog), tuple(catalog.by_layer)))
+    gates = read_routers(catalog)
+    model = RoutedModel.of_catalog(catalog, routers_digest(gates, tuple(catalog.by_layer)))
     if not model.same_routes(windows.model):
         raise TraceMismatchError(
             f"The traces are of {windows.model.name}, not of {model.name}.",
             "Name the model they were recorded with, or record traces of this one.",
         )
-    return read_embedding(catalog), Windows(
-        model=model, tokens=windows.tokens, request=windows.request, routes=windows.routes
-    )
+    lookahead = None
+    if model.routers:
+        lookahead = Lookahead(
+            gates=gates, norms=read_norms(catalog), top_k=dict(zip(model.layers, model.top_k, strict=True))
+        )
+    return read_embedding(catalog), lookahead, replace(windows, model=model)
 
 
 def _print(request: TrainRequest, trained: Trained, scores: list[Score]) -> None:

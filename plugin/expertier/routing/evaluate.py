@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from expertier.routing.predictor import HORIZONS, Forecast, RoutedModel, RoutePredictor
+from expertier.routing.lookahead import Lookahead
+from expertier.routing.predictor import HORIZONS, Forecast, RoutedModel, RoutePredictor, Scores
 from expertier.routing.table import frequency_forecast
 from expertier.routing.windows import Windows
 
@@ -134,6 +135,7 @@ def watch(
     *,
     most_tokens: int = 1 << 30,
     ahead: bool = False,
+    lookahead: Lookahead | None = None,
     tick: Callable[[int], None] = lambda tokens: None,
 ) -> Watched:
     """Let a predictor follow sequences token by token, as decoding does.
@@ -148,6 +150,8 @@ def watch(
         To predict; fewer for models with very many experts. Windows are taken evenly from all.
     ahead : bool
         Whether the predictor learns something from the layers of the present token.
+    lookahead : Lookahead, optional
+        Only tokens with sampled router inputs are predicted, and `predictor` is given its scores.
     tick : callable
         Told how many tokens were done.
     """
@@ -156,7 +160,13 @@ def watch(
     count = min(len(windows), max(1, math.ceil(limit / windows.width)))
     chosen = np.linspace(0, len(windows) - 1, count).astype(np.int64)
     known = windows.known
-    spots = [(window, offset) for window in chosen for offset in np.flatnonzero(known[window].all(1))][:limit]
+    sampled = _sampled(windows) if lookahead is not None else {}
+    spots = [
+        (window, offset)
+        for window in (chosen if lookahead is None else range(len(windows)))
+        for offset in np.flatnonzero(known[window].all(1))
+        if lookahead is None or (window, offset, 0) in sampled
+    ][:limit]
     labels = [BEFORE, *SOON, *(AHEAD[: layers - 1] if ahead else ())]
     chances = {label: np.full((len(spots), layers, experts), np.nan, np.float32) for label in labels}
     at = {spot: row for row, spot in enumerate(spots)}
@@ -176,13 +186,52 @@ def watch(
                     continue
                 predictor.observe(0, layer, routes)
                 if ahead and row is not None and place + 1 < layers:
-                    refined = predictor.refine(0)
+                    scores = None
+                    if lookahead is not None and (sample := sampled.get((window, offset, place))) is not None:
+                        scores = lookahead.scores(layer, sample.astype(np.float32))
+                    refined = predictor.refine(0, scores)
                     for distance, label in enumerate(AHEAD[: layers - place - 1], start=1):
                         chances[label][row, place + distance] = refined[place + distance]
         predictor.forget(0)
         tick(windows.width)
     found = np.array(spots, np.int64).reshape(-1, 2)
     return Watched(chances=chances, window=found[:, 0], offset=found[:, 1])
+
+
+def _sampled(windows: Windows) -> dict[tuple[int, int, int], NDArray[np.float16]]:
+    """Router inputs by window, offset and layer position."""
+    inputs = windows.inputs
+    if inputs is None:
+        return {}
+    keys = zip(inputs.window.tolist(), inputs.offset.tolist(), inputs.place.tolist(), strict=True)
+    return dict(zip(keys, inputs.hidden, strict=True))
+
+
+class OnlyLookahead:
+    """The lookahead by itself, in the form of a predictor: chances in proportion to a softmax of its scores."""
+
+    name = "lookahead"
+
+    def __init__(self, model: RoutedModel) -> None:
+        self.model = model
+        self._nothing = frequency_forecast(np.full(model.shape, np.nan, np.float32))
+
+    def forecast(self, sequence: int, tokens: NDArray[np.int64], *, start: int | None = None) -> Forecast:
+        return self._nothing
+
+    def observe(self, sequence: int, layer: int, routes: NDArray[np.int64]) -> None:
+        pass
+
+    def refine(self, sequence: int, scores: Scores | None = None) -> Array:
+        chances = self._nothing.now.copy()
+        for layer, values in (scores or {}).items():
+            place = self.model.position[layer]
+            share = np.exp(values - values.max())
+            chances[place, : len(values)] = np.minimum(self.model.top_k[place] * share / share.sum(), 1.0)
+        return chances
+
+    def forget(self, sequence: int) -> None:
+        pass
 
 
 def truth(windows: Windows, watched: Watched, horizon: str) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
@@ -227,6 +276,8 @@ def score(name: str, text: str, windows: Windows, watched: Watched) -> Iterator[
         used, known = truth(windows, watched, horizon)
         used, given = used[known], chances[known]
         if not len(used):
+            continue
+        if np.isnan(given[:, :, 0]).all():
             continue
         order = np.argsort(-given, axis=2, kind="stable")
         recalls, precisions = [], []

@@ -41,6 +41,8 @@ class Lookahead:
         top_k: Mapping[int, int],
     ) -> None:
         layers = sorted(gates)
+        self._layers = layers
+        self._gates, self._norms = dict(gates), dict(norms)
         self._next = dict(itertools.pairwise(layers))
         self._weights: dict[int, NDArray[np.float32]] = {}
         for layer, following in self._next.items():
@@ -94,6 +96,33 @@ class Lookahead:
         unique = np.unique(candidates)
         unique = unique[np.argsort(missing[unique], kind="stable")]
         return unique, 1.0 - missing[unique]
+
+    def scores(self, layer: int, hidden: NDArray[np.float32], *, ahead: int = 4) -> dict[int, NDArray[np.float32]]:
+        """Score the experts of several later layers, for a predictor that mixes them with what else it knows.
+
+        Parameters
+        ----------
+        layer : int
+            The layer.
+        hidden : ndarray of float32, shape (hidden,) or (tokens, hidden)
+            Its gate input.
+        ahead : int
+            Later layers. Each costs as much as a router, and knows less than the one before it.
+
+        Returns
+        -------
+        dict of int to ndarray of float32, shape (experts,) or (tokens, experts)
+            By layer: what its router would say about this input under its own norm.
+        """
+        place = self._layers.index(layer)
+        here = self._norms.get(layer)
+        plain = hidden if here is None else hidden / np.where(here == 0, 1, here)
+        found: dict[int, NDArray[np.float32]] = {}
+        for later in self._layers[place + 1 : place + 1 + ahead]:
+            norm = self._norms.get(later)
+            given: NDArray[np.float32] = hidden if here is None or norm is None else plain * norm
+            found[later] = given @ self._gates[later].T
+        return found
 
     def following(self, layer: int) -> int | None:
         """The MoE layer after `layer`, or ``None``."""

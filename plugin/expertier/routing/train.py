@@ -15,6 +15,7 @@ from expertier.routing.evaluate import (
     AHEAD,
     BEFORE,
     SOON,
+    OnlyLookahead,
     PreviousToken,
     Score,
     StaticFrequency,
@@ -23,6 +24,7 @@ from expertier.routing.evaluate import (
     truth,
     watch,
 )
+from expertier.routing.lookahead import Lookahead
 from expertier.routing.path import PathShape
 from expertier.routing.predictor import HORIZONS
 from expertier.routing.saved import Trained
@@ -32,6 +34,7 @@ from expertier.routing.windows import Windows, require_requests
 _KEPT_BACK: Final = 12  # one request in so many is kept from learning, and as many are for stopping and fitting
 _FIT_TOKENS: Final = 3000  # the mixture has few weights
 _MOST_SAMPLES: Final = 200_000
+_LEAST_SAMPLED: Final = 100  # tokens with router inputs; of fewer nothing is learnt about the lookahead
 
 Progress = Callable[[str, float, str], None]
 """Told what is being done, which share of it is done, and how it goes."""
@@ -66,6 +69,7 @@ def train(
     settings: TrainSettings | None = None,
     vocabulary: int = 0,
     embedding: NDArray[np.float32] | None = None,
+    lookahead: Lookahead | None = None,
     progress: Progress = lambda what, share, words: None,
 ) -> tuple[Trained, Windows]:
     """Train every predictor the traces allow.
@@ -82,6 +86,8 @@ def train(
         Token ids of the model; 0 takes those that occur.
     embedding : ndarray of float32, shape (vocabulary, hidden), optional
         The model's token embedding, which the network starts from.
+    lookahead : Lookahead, optional
+        The model's; the mixture learns how far to trust it, if the traces have samples of its inputs.
     progress : callable
         Told how it goes.
 
@@ -132,11 +138,17 @@ def train(
     )
     trained = Trained(model=windows.model, table=table, blend=blend, tokens=counts, path=path, facts=facts)
     progress("blend", 0.0, "")
-    fitted = fit_blend(trained, fit, tick=lambda share: progress("blend", share, ""))
+    fitted = fit_blend(trained, fit, lookahead, tick=lambda share: progress("blend", share, ""))
     return replace(trained, blend=fitted), kept_back
 
 
-def fit_blend(trained: Trained, fit: Windows, *, tick: Callable[[float], None] = lambda share: None) -> BlendWeights:
+def fit_blend(
+    trained: Trained,
+    fit: Windows,
+    lookahead: Lookahead | None = None,
+    *,
+    tick: Callable[[float], None] = lambda share: None,
+) -> BlendWeights:
     """Fit the weights of the mixture.
 
     Parameters
@@ -145,37 +157,26 @@ def fit_blend(trained: Trained, fit: Windows, *, tick: Callable[[float], None] =
         The parts.
     fit : Windows
         Text that they have not learnt from.
+    lookahead : Lookahead, optional
+        The model's, for texts with samples of its inputs.
     tick : callable
         Told the share that is done.
     """
     layers = len(trained.model.layers)
     names = [name for name in PARTS if name in trained.names]
-    watched: dict[str, Watched] = {}
-    for place, name in enumerate(names):
-        watched[name] = watch(trained.predictor(name), fit, most_tokens=_FIT_TOKENS, ahead=name == "table")
-        tick((place + 1) / (len(names) + 1))
+    now = np.zeros((2, DISTANCES, layers, len(INPUTS)), np.float32)
+    watched = _watch_parts(trained, names, fit, None)
+    tick(0.5)
+    now[:] = _fit_now(trained, watched, fit)
+    if lookahead is not None and fit.inputs is not None:
+        sampled = _watch_parts(trained, names, fit, lookahead)
+        if len(sampled["lookahead"].window) >= _LEAST_SAMPLED:
+            now[1, 1:] = _fit_now(trained, sampled, fit)[1:]
+    tick(0.9)
+    soon = np.zeros((len(HORIZONS), layers, 3), np.float32)
     any_watched = watched[names[0]]
     frequency = trained.table.frequency
     exists = trained.model.exists
-    now = np.zeros((2, DISTANCES, layers, len(INPUTS)), np.float32)
-    soon = np.zeros((len(HORIZONS), layers, 3), np.float32)
-    used, _ = truth(fit, any_watched, BEFORE)
-    for distance in range(DISTANCES):
-        for place in range(layers):
-            if distance > place:
-                continue  # no layer that is so far before it
-            inputs: dict[str, NDArray[np.float32]] = {
-                "frequency": np.broadcast_to(frequency[place], used[:, place].shape)
-            }
-            for name in names:
-                if name == "table":
-                    if distance:
-                        inputs[name] = watched[name].chances[AHEAD[distance - 1]][:, place]
-                else:
-                    inputs[name] = watched[name].chances[BEFORE][:, place]
-            weights = _fit(list(inputs.values()), used[:, place], exists[place])
-            for name, weight in zip([*inputs, "constant"], weights, strict=True):
-                now[:, distance, place, INPUTS.index(name)] = weight
     for which, label in enumerate(SOON):
         used, known = truth(fit, any_watched, label)
         steady = 1.0 - (1.0 - frequency) ** HORIZONS[which]
@@ -183,7 +184,7 @@ def fit_blend(trained: Trained, fit: Windows, *, tick: Callable[[float], None] =
             inputs = {"frequency": np.broadcast_to(steady[place], used[known, place].shape)}
             if "path" in watched:
                 inputs["path"] = watched["path"].chances[label][known, place]
-            weights = _fit(list(inputs.values()), used[known, place], exists[place])
+            weights = _fit(inputs, used[known, place], exists[place])
             soon[which, place, 1], soon[which, place, 2] = weights[0], weights[-1]
             if "path" in watched:
                 soon[which, place, 0] = weights[1]
@@ -191,10 +192,51 @@ def fit_blend(trained: Trained, fit: Windows, *, tick: Callable[[float], None] =
     return BlendWeights(now=now, soon=soon)
 
 
+def _watch_parts(
+    trained: Trained, names: Sequence[str], fit: Windows, lookahead: Lookahead | None
+) -> dict[str, Watched]:
+    predictors: dict[str, Any] = {name: trained.predictor(name) for name in names}
+    if lookahead is not None:
+        predictors["lookahead"] = OnlyLookahead(trained.model)
+    return {
+        name: watch(predictor, fit, most_tokens=_FIT_TOKENS, ahead=name in ("table", "lookahead"), lookahead=lookahead)
+        for name, predictor in predictors.items()
+    }
+
+
+def _fit_now(trained: Trained, watched: dict[str, Watched], fit: Windows) -> NDArray[np.float32]:
+    """Fit the weights of the present step, shape ``(DISTANCES, layers, len(INPUTS))``."""
+    layers = len(trained.model.layers)
+    found = np.zeros((DISTANCES, layers, len(INPUTS)), np.float32)
+    frequency, exists = trained.table.frequency, trained.model.exists
+    used, _ = truth(fit, next(iter(watched.values())), BEFORE)
+    for distance in range(DISTANCES):
+        for place in range(distance, layers):  # those before have no layer so far before them
+            inputs = {"frequency": np.broadcast_to(frequency[place], used[:, place].shape)}
+            for name, what in watched.items():
+                if name in ("table", "lookahead"):
+                    if distance:
+                        inputs[name] = what.chances[AHEAD[distance - 1]][:, place]
+                else:
+                    inputs[name] = what.chances[BEFORE][:, place]
+            weights = _fit(inputs, used[:, place], exists[place])
+            for name, weight in zip([*inputs, "constant"], weights, strict=True):
+                found[distance, place, INPUTS.index(name)] = weight
+            if "lookahead" in inputs:  # chances are proportional to the softmax that BlendScorer takes
+                top_k = trained.model.top_k[place]
+                found[distance, place, INPUTS.index("constant")] += (
+                    np.log(top_k) * weights[list(inputs).index("lookahead")]
+                )
+    return found
+
+
 def _fit(
-    chances: Sequence[NDArray[np.float32]], used: NDArray[np.bool_], exists: NDArray[np.bool_]
+    chances: dict[str, NDArray[np.float32]], used: NDArray[np.bool_], exists: NDArray[np.bool_]
 ) -> NDArray[np.float64]:
-    columns = [logit(np.ascontiguousarray(item[:, exists])).ravel() for item in chances]
+    columns = []
+    for name, item in chances.items():
+        given = np.ascontiguousarray(item[:, exists])
+        columns.append((np.log(np.maximum(given, 1e-9)) if name == "lookahead" else logit(given)).ravel())
     inputs = np.stack([*columns, np.ones_like(columns[0])], 1).astype(np.float64)
     wanted = used[:, exists].ravel()
     step = max(1, math.ceil(len(inputs) / _MOST_SAMPLES))
@@ -206,6 +248,7 @@ def report(
     texts: Sequence[tuple[str, Windows]],
     *,
     most_tokens: int = 20_000,
+    lookahead: Lookahead | None = None,
     progress: Progress = lambda what, share, words: None,
 ) -> list[Score]:
     """Score every predictor and two controls on some texts.
@@ -218,6 +261,8 @@ def report(
         Name and contents, not trained on.
     most_tokens : int
         Of each text.
+    lookahead : Lookahead, optional
+        Scored, too, by itself and in the mixture, on texts with samples of its inputs.
     progress : callable
         Told how it goes.
     """
@@ -229,5 +274,11 @@ def report(
             progress("report", (index * len(predictors) + place) / (len(texts) * len(predictors)), predictor.name)
             watched = watch(predictor, windows, most_tokens=most_tokens, ahead=predictor.name in ("table", "blend"))
             scores += score(predictor.name, text, windows, watched)
+        if lookahead is not None and windows.inputs is not None:
+            blend = trained.predictor()
+            for name, predictor in (("lookahead", OnlyLookahead(trained.model)), ("blend + lookahead", blend)):
+                watched = watch(predictor, windows, most_tokens=most_tokens, ahead=True, lookahead=lookahead)
+                chances = {label: given for label, given in watched.chances.items() if label in AHEAD}
+                scores += score(name, text, windows, replace(watched, chances=chances))
     progress("report", 1.0, "")
     return scores

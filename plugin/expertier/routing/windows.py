@@ -16,6 +16,34 @@ _LEAST_REQUESTS = 4  # to keep one back and to learn from others
 
 
 @dataclass(frozen=True, kw_only=True)
+class RouterInputs:
+    """Sampled inputs of routers, for the lookahead.
+
+    Attributes
+    ----------
+    window, offset, place : ndarray of int64, shape (samples,)
+        Of which token and layer position.
+    hidden : ndarray of float16, shape (samples, hidden)
+        The inputs.
+    """
+
+    window: NDArray[np.int64]
+    offset: NDArray[np.int64]
+    place: NDArray[np.int64]
+    hidden: NDArray[np.float16]
+
+    def take(self, rows: NDArray[np.int64]) -> RouterInputs:
+        """Return those of some windows, which are numbered anew."""
+        number = np.full(max(int(self.window.max(initial=-1)), int(rows.max(initial=-1))) + 1, -1)
+        number[rows] = np.arange(len(rows))
+        new = number[self.window]
+        kept = new >= 0
+        return RouterInputs(
+            window=new[kept], offset=self.offset[kept], place=self.place[kept], hidden=self.hidden[kept]
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Windows:
     """Stretches of sequences of equal length, the last one of a sequence filled up with unknowns.
 
@@ -29,19 +57,28 @@ class Windows:
         Of which request; windows of one stay together when some are kept back.
     routes : ndarray of int16, shape (windows, width, layers, largest top_k)
         Experts, -1 where unknown.
+    inputs : RouterInputs or None
+        Of some tokens, where the traces have them.
     """
 
     model: RoutedModel
     tokens: NDArray[np.int64]
     request: NDArray[np.int64]
     routes: NDArray[np.int16]
+    inputs: RouterInputs | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def take(self, rows: NDArray[np.int64]) -> Windows:
         """Return some of the windows."""
-        return Windows(model=self.model, tokens=self.tokens[rows], request=self.request[rows], routes=self.routes[rows])
+        return Windows(
+            model=self.model,
+            tokens=self.tokens[rows],
+            request=self.request[rows],
+            routes=self.routes[rows],
+            inputs=None if self.inputs is None else self.inputs.take(rows),
+        )
 
     def split(self, parts: int, which: int) -> tuple[Windows, Windows]:
         """Keep every `parts`-th request back, beginning with number `which`; return the others and these."""
@@ -121,7 +158,7 @@ def read_windows(traces: Sequence[Trace], *, width: int = 256) -> tuple[Windows,
             )
         table = trace.tokens()
         with_ids &= table.token_id is not None
-        windows = _cut(model, table, width, requests)
+        windows = _cut(model, table, width, requests, _samples(trace) if trace.header.hidden_size else None)
         if not len(windows):
             held = {0: "no token", 1: "a single token"}.get(len(table.request), "no two tokens in a row")
             raise TraceTooShortError(f"{trace.path} holds {held}: there is nothing to learn from.", "Record more text.")
@@ -132,8 +169,38 @@ def read_windows(traces: Sequence[Trace], *, width: int = 256) -> tuple[Windows,
         tokens=np.concatenate([windows.tokens for windows in found]),
         request=np.concatenate([windows.request for windows in found]),
         routes=np.concatenate([windows.routes for windows in found]),
+        inputs=_join_inputs(found),
     )
     return joined, with_ids
+
+
+def _join_inputs(found: Sequence[Windows]) -> RouterInputs | None:
+    starts = np.cumsum([0, *(len(windows) for windows in found)])
+    parts = [(start, windows.inputs) for start, windows in zip(starts, found, strict=False) if windows.inputs]
+    if not parts:
+        return None
+    return RouterInputs(
+        window=np.concatenate([start + part.window for start, part in parts]),
+        offset=np.concatenate([part.offset for _, part in parts]),
+        place=np.concatenate([part.place for _, part in parts]),
+        hidden=np.concatenate([part.hidden for _, part in parts]),
+    )
+
+
+def _samples(trace: Trace) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float16]]:
+    """Return of the sampled router inputs the token's place in the trace, the layer position, and the numbers."""
+    tokens, places, hidden = [], [], []
+    before = 0
+    for block in trace.blocks():
+        ends = before + np.cumsum(block.step_tokens, dtype=np.int64)
+        call = block.hidden_call.astype(np.int64)
+        tokens.append(ends[block.call_step[call]] - block.call_rows[call] + block.hidden_row)
+        places.append(block.call_layer[call].astype(np.int64))
+        hidden.append(block.hidden)
+        before += len(block.request)
+    if not tokens:
+        return np.empty(0, np.int64), np.empty(0, np.int64), np.empty((0, trace.header.hidden_size), np.float16)
+    return np.concatenate(tokens), np.concatenate(places), np.concatenate(hidden)
 
 
 def require_requests(windows: Windows, least: int = _LEAST_REQUESTS) -> None:
@@ -153,7 +220,13 @@ def require_requests(windows: Windows, least: int = _LEAST_REQUESTS) -> None:
         )
 
 
-def _cut(model: RoutedModel, table: TokenTable, width: int, requests: int) -> Windows:
+def _cut(
+    model: RoutedModel,
+    table: TokenTable,
+    width: int,
+    requests: int,
+    samples: tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float16]] | None,
+) -> Windows:
     """Sort a trace by request and cut it where positions do not go on, and after every `width` tokens."""
     order = np.argsort(table.request, kind="stable")
     request, position = table.request[order].astype(np.int64), table.position[order]
@@ -170,5 +243,12 @@ def _cut(model: RoutedModel, table: TokenTable, width: int, requests: int) -> Wi
     routes = np.full((count, width, *table.routes.shape[1:]), -1, np.int16)
     tokens[window, within % width] = np.maximum(ids, 0)
     routes[window, within % width] = table.routes[order]
-    windows = Windows(model=model, tokens=tokens, request=request[new] + requests, routes=routes)
+    inputs = None
+    if samples is not None:
+        token, place, hidden = samples
+        sorted_at = np.empty(len(order), np.int64)
+        sorted_at[order] = np.arange(len(order))
+        at = sorted_at[token]
+        inputs = RouterInputs(window=window[at], offset=within[at] % width, place=place, hidden=hidden)
+    windows = Windows(model=model, tokens=tokens, request=request[new] + requests, routes=routes, inputs=inputs)
     return windows.take(np.flatnonzero(windows.known.any(2).sum(1) >= 2))
