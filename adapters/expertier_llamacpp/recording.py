@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from expertier.routing import TraceRecorder
-from expertier_llamacpp import ggml
 from expertier_llamacpp.gate_input import GateInput
-
-_DEPTH = 6  # nodes between the chosen ids and the probabilities they were chosen by, generously
-_F32 = 0  # Upstream: GGML_TYPE_F32
+from expertier_llamacpp.router import RouterScores
 
 
 class RouteRecording:
@@ -40,7 +36,7 @@ class RouteRecording:
         self._hidden_every = hidden_every if recorder.header.hidden_size else None
         self._decoded = 0
         self._gate_input = GateInput()
-        self._probabilities = GateWeights()
+        self._router = RouterScores()
         self._tokens: Any = ()
         self._positions: Any = ()
         self._done = 0
@@ -82,7 +78,7 @@ class RouteRecording:
         if self._hidden_every is not None and len(routes) == 1 and self._decoded % self._hidden_every == 0:
             found = self._gate_input.of(node)
             hidden = None if found is None else found.astype(np.float16)  # a copy: the graph goes on
-        self.recorder.record(layer, routes, self._probabilities.of(node, routes), hidden)
+        self.recorder.record(layer, routes, self._router.probabilities(node, routes), hidden)
 
     def end_step(self, *, failed: bool = False) -> None:
         """The step is over."""
@@ -91,43 +87,3 @@ class RouteRecording:
             self._expected = None
         else:
             self.recorder.end_step()
-
-
-class GateWeights:
-    """Finds the probabilities by which a router has chosen."""
-
-    def __init__(self) -> None:
-        self._probability_ops = {ggml.op_number("SOFT_MAX"), ggml.op_number("UNARY")}
-        self._mul_mat = ggml.op_number("MUL_MAT")
-
-    def of(self, node: int, routes: NDArray[np.int64]) -> NDArray[np.float32] | None:
-        """Return the router's probabilities of the chosen experts, before any renormalisation.
-
-        Parameters
-        ----------
-        node : int
-            Address of the node with the ids, just computed.
-        routes : ndarray of int64, shape (tokens, top_k)
-            Its contents.
-
-        Returns
-        -------
-        ndarray of float32, shape (tokens, top_k), or None
-            ``None`` for models that choose by logits (gpt-oss) or by groups of experts (DeepSeek).
-        """
-        for _ in range(_DEPTH):
-            tensor = ggml.Tensor.from_address(node)
-            if tensor.op in self._probability_ops:
-                experts, tokens = tensor.ne[0], tensor.ne[1]
-                if tensor.type != _F32 or tokens != len(routes) or tensor.nb[1] != 4 * experts:
-                    return None
-                # The graph still needs them for the weights, so their memory was not given to another node yet.
-                table = np.frombuffer((ctypes.c_float * (experts * tokens)).from_address(tensor.data), np.float32)
-                places = routes if tokens == 1 else routes + np.arange(tokens)[:, None] * experts
-                weights: NDArray[np.float32] = table[places]  # a copy: the graph goes on
-                return weights
-            parent = tensor.view_src or tensor.src[0]
-            if tensor.op == self._mul_mat or not parent:
-                return None
-            node = parent
-        return None

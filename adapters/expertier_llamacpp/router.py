@@ -82,6 +82,20 @@ class RouterScores:
             probabilities = _table(source.probabilities, len(routes))
         return scores, probabilities[np.arange(len(routes))[:, None], routes]
 
+    def probabilities(self, node: int, routes: NDArray[np.int64]) -> Scores | None:
+        """Return the router's probabilities of what it chose, shape ``(tokens, top_k)``, before any renormalisation.
+
+        ``None`` for models that choose by logits (gpt-oss), and where the graph is not as it is for known ones.
+        """
+        try:
+            source = self._find(node)
+            if not source.probabilities:
+                return None
+            chosen: Scores = _table(source.probabilities, len(routes))[np.arange(len(routes))[:, None], routes]
+        except UnsupportedModelError:
+            return None
+        return chosen
+
     def _find(self, node: int) -> _Source:
         ids = ggml.Tensor.from_address(node)
         order = ggml.Tensor.from_address(ids.view_src) if ids.view_src else None
