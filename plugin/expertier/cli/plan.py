@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -17,6 +18,7 @@ from expertier.cli.calibration import calibrate_engine
 from expertier.cli.engines import EngineSettings
 from expertier.cli.folder import prepare_folder
 from expertier.cli.options import print_json, write_json
+from expertier.cli.plan_figure import draw_trade_off
 from expertier.cli.profile import trace_path
 from expertier.cli.simulate import USUAL_LATENCY, recorded_timing, replay_progress
 from expertier.config import OffloadOptions
@@ -25,7 +27,6 @@ from expertier.errors import RoutingDemandError
 from expertier.paths import cache_dir
 from expertier.planning.calibrate import measure_disk
 from expertier.planning.demand import RoutingDemand, read_demand
-from expertier.planning.figure import draw_trade_off
 from expertier.planning.memory import memory_limits
 from expertier.planning.plan import Plan, make_plan
 from expertier.planning.planner import TradeOff, trade_off
@@ -221,7 +222,7 @@ def _print(catalog: Catalog, plan: Plan, found: TradeOff | None, out: Path | Non
     table.add_column(overflow="fold")
     for name, text in _rows(catalog, plan, known=found is not None):
         table.add_row(name, text)
-    console = Console(highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else 150, highlight=False)
     console.print(table)
     if found is not None:
         _print_trade_off(console, found)
@@ -233,7 +234,8 @@ def _print_trade_off(console: Console, found: TradeOff) -> None:
     timed = found.chosen.tokens_per_second is not None
     for name in ("", "experts", "budget", "hits, %", "loads/token", "read/token", *["tok/s"] * timed, "bias", "ppl, %"):
         table.add_column(name, justify="right")
-    rows = [(False, point) for point in found.curve[:: max(1, len(found.curve) // 8)]] + [(True, found.chosen)]
+    shown = (*found.curve[: -1 : max(1, len(found.curve) // 8)], found.curve[-1])
+    rows = [*((False, point) for point in shown), (True, found.chosen)]
     for asked, point in sorted(rows, key=lambda row: row[1].budget_bytes):
         table.add_row(
             "asked for" if asked else "too much" if point.budget_bytes > found.largest_bytes else "",
