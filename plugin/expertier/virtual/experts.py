@@ -15,6 +15,8 @@ from expertier.errors import UnsupportedOptionError, VirtualExpertsError
 from expertier.residency.base import IntArray
 from expertier.virtual.selection import Bools, Floats, choose
 
+_TINY = 1e-30  # no gate weight at all
+
 
 @dataclass(frozen=True, kw_only=True)
 class VirtualSettings:
@@ -253,8 +255,11 @@ class VirtualExperts:
             return routes
         self.stood_in = True
         self.substituted[position] += count
-        shares = (weights * replaced).sum(axis=1) / np.maximum(weights.sum(axis=1), np.finfo(np.float32).tiny)
-        self.mass[position] += float(shares.sum())
+        if len(weights) == 1:
+            self.mass[position] += weights[replaced].sum() / max(weights.sum(), _TINY)
+        else:
+            shares = (weights * replaced).sum(axis=1) / np.maximum(weights.sum(axis=1), _TINY)
+            self.mass[position] += float(shares.sum())
         return chosen
 
     def end_step(self) -> None:
