@@ -230,6 +230,11 @@ def test_without_a_profile_the_command_that_makes_one_is_named(catalog: Catalog)
         find_profile(catalog, None)
 
 
+def test_a_checkpoint_that_nothing_can_profile_yet_is_told_to_take_a_bias(catalog: Catalog) -> None:
+    with pytest.raises(QualityProfileError, match=r"give a bias, e\.g\. quality_budget=0\.1"):
+        find_profile(replace(catalog, format="safetensors"), None)
+
+
 def test_a_changed_number_is_noticed(measured: QualityProfile, catalog: Catalog) -> None:
     path = written(measured, catalog)
     data = json.loads(path.read_text())

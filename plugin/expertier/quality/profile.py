@@ -170,9 +170,11 @@ def find_profile(catalog: Catalog, sidecar_dir: str | None, *, policy: str | Non
     for path in profile_paths(catalog, sidecar_dir):
         if path.is_file():
             return read_profile(path, catalog, policy=policy)
+    remedy = f"Make one: {profile_command(catalog.path.name)}."
+    if catalog.format != "gguf":
+        remedy = "Profiles are measured with llama.cpp on GGUF files so far: give a bias, e.g. quality_budget=0.1."
     raise QualityProfileError(
-        f"A percentage of perplexity needs a quality profile, and there is none for {catalog.path.name}.",
-        f"Make one: {profile_command(catalog.path.name)}.",
+        f"A percentage of perplexity needs a quality profile, and there is none for {catalog.path.name}.", remedy
     )
 
 
