@@ -138,12 +138,12 @@ def _print(request: TrainRequest, trained: Trained, scores: list[Score]) -> None
         here = [item for item in scores if item.text == text]
         table = Table(title=f"{text}: {max(item.tokens for item in here)} tokens, one by one", title_justify="left")
         widths = here[0].candidates
-        table.add_column("predictor")
-        table.add_column("horizon")
+        table.add_column("predictor", no_wrap=True)
+        table.add_column("horizon", no_wrap=True)
         for width in widths:
             table.add_column(f"recall@{width:g}k", justify="right")
-            table.add_column("precision", justify="right")
-        table.add_column("calibration error", justify="right")
+            table.add_column("prec.", justify="right")
+        table.add_column("calib. error", justify="right")
         table.add_column(f"recall@{widths[0]:g}k by layer")
         for item in here:
             cells = [item.predictor, item.horizon]

@@ -155,7 +155,7 @@ def _train(
             done = share >= 1.0
             if step and step % 10 == 0:
                 progress(min(share, 1.0), "")
-            if step and (step % check_every == 0 or done):
+            if step % check_every == 0 or done:  # at 0, too: what was counted may be hard to beat with little text
                 loss = _loss_on(network, keep, per_batch)
                 improved = loss < best_loss
                 bad = 0 if improved else bad + 1
