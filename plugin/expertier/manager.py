@@ -276,18 +276,23 @@ class OffloadManager:
         )
         return min(most, self._budget)
 
-    def forecast(self, forecast: Forecast) -> None:
+    def forecast(self, forecast: Forecast) -> bool:
         """Say what a step and those after it will probably use, before it begins; only some policies listen.
 
         Parameters
         ----------
         forecast : Forecast
             Of one sequence, or of the step's sequences together; layers in ascending order.
+
+        Returns
+        -------
+        bool
+            Whether forecasts decide anything: the policy listens, and they say more than past uses do.
         """
         if self._listener is None:
-            return
+            return False
         with self._lock:
-            self._listener.expect(
+            return self._listener.expect(
                 forecast.now[self._layer_index, self._column].astype(np.float64),
                 forecast.soon[:, self._layer_index, self._column].astype(np.float64),
             )

@@ -14,7 +14,7 @@ from expertier.routing.ahead import AheadLoader
 from expertier.routing.following import Follower
 from expertier.routing.gate import Confidence, GainGate
 from expertier.routing.path_loads import PathLoads
-from expertier.routing.predictor import RoutedModel
+from expertier.routing.predictor import Forecast, RoutedModel
 from expertier.routing.sequences import Span
 from support.fake_engine import FakeEngine, fake_engine, uniform, until
 from support.predictors import BrokenPredictor, FixedPredictor
@@ -219,6 +219,29 @@ def test_a_closed_gate_costs_no_forecast_and_the_predictor_catches_up_when_it_op
         gate.mode = "on"
         loader.begin([span(3, 3)], decode=True)
         assert predictor.sequences == {0: [0, 1, 2, 3]}
+
+
+def test_a_predictor_that_nobody_heeds_is_asked_only_now_and_then(tmp_path: Path) -> None:
+    predictor = FixedPredictor(MODEL, FLAT)
+    told: list[int] = []
+
+    def listener(forecast: Forecast) -> bool:
+        told.append(len(predictor.sequences[0]) - 1)
+        return len(told) > 2
+
+    with engine_with(tmp_path, 12) as engine:  # type: ignore[attr-defined]
+        loader = AheadLoader(
+            manager=engine.manager,
+            experts=dict.fromkeys(LAYERS, EXPERTS),
+            lookahead=None,
+            gate=GainGate("off"),
+            predictor=predictor,
+            listener=listener,
+        )
+        for position in range(36):
+            loader.begin([span(position, position)], decode=True)
+    assert told == [0, 16, 32, 33, 34, 35], "heeded from the third time on"
+    assert predictor.sequences == {0: list(range(36))}
 
 
 def test_the_outlook_of_layers_with_unlike_numbers_of_experts_is_padded(tmp_path: Path) -> None:

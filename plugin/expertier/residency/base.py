@@ -68,7 +68,7 @@ class EvictionPolicy(Protocol):
 class ForecastListener(Protocol):
     """A policy that also looks ahead; others do without."""
 
-    def expect(self, now: FloatArray, soon: FloatArray) -> None:
+    def expect(self, now: FloatArray, soon: FloatArray) -> bool:
         """Take in a forecast, before the step it is about or at its beginning.
 
         Parameters
@@ -77,4 +77,9 @@ class ForecastListener(Protocol):
             Chance that the step uses each expert.
         soon : ndarray of float64, shape (horizons, N)
             Chance of at least one use within the tokens of :data:`expertier.routing.predictor.HORIZONS` after it.
+
+        Returns
+        -------
+        bool
+            Whether it is listened to; one that proved worse than the past is only judged.
         """

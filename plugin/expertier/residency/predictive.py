@@ -58,7 +58,7 @@ class Predictive:
         self._later = np.zeros(len(space))  # what the forecast adds to the log-odds
         self._skill_now, self._skill_next = Skill(), Skill()
 
-    def expect(self, now: FloatArray, soon: FloatArray) -> None:
+    def expect(self, now: FloatArray, soon: FloatArray) -> bool:
         """Take in a forecast, before the step it is about or at its beginning.
 
         Parameters
@@ -67,6 +67,11 @@ class Predictive:
             Chance that the step uses each expert.
         soon : ndarray of float, shape (horizons, N)
             Chance of a use within the next 1, 4 and 16 tokens after it.
+
+        Returns
+        -------
+        bool
+            Whether it is listened to, now or for what comes later.
         """
         self._judge()
         self._now, self._next = now, soon[0]
@@ -75,6 +80,7 @@ class Predictive:
         self._fresh = True
         self._passed[:] = False
         self._stale[:] = True
+        return self._skill_now.positive or self._skill_next.positive
 
     def touch(self, experts: IntArray, ages: FloatArray | None = None) -> None:
         self._past.touch(experts, ages)

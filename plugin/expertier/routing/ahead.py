@@ -24,6 +24,7 @@ from expertier.routing.predictor import Forecast, RoutePredictor
 from expertier.routing.prefetch_plan import LEAST_CHANCE
 from expertier.routing.sequences import Span
 
+_ASK_AGAIN = 16  # steps after which a predictor whom nobody heeds is asked again
 _STREAM_FROM = 0.5  # share of a layer's experts in use from which the next layer is streamed whole
 
 GateInput = Callable[[], "NDArray[np.float32] | None"]
@@ -66,8 +67,9 @@ class AheadLoader:
     predictor : RoutePredictor, optional
         Predicts whole paths; the lookahead then only corrects it, where the predictor listens to it.
     listener : callable, optional
-        Told the forecast of every step: whoever decides what stays. It is told while the gate is closed, too, and
-        judges for itself what a forecast is worth.
+        Told the forecast of every step: whoever decides what stays. It is told while the gate is closed, too, judges
+        for itself what a forecast is worth, and answers whether it heeds it. While it does not and the gate is
+        closed, the predictor is asked only now and then.
     ahead : int
         Most experts loading ahead of need during decode of one token, for the next layer.
     path_ahead : int
@@ -86,7 +88,7 @@ class AheadLoader:
         lookahead: Lookahead | None,
         gate: GainGate,
         predictor: RoutePredictor | None = None,
-        listener: Callable[[Forecast], None] | None = None,
+        listener: Callable[[Forecast], bool] | None = None,
         ahead: int = 2,
         path_ahead: int = 8,
         clock: Callable[[], float] = time.perf_counter,
@@ -105,6 +107,8 @@ class AheadLoader:
         self.confidence = Confidence(len(experts), max(experts.values()))
         self._path = PathLoads(manager, sorted(experts), confidence=self.confidence, ahead=path_ahead)
         self._predicted = False  # whether the running step's path was predicted
+        self._heeded = True  # whether the listener lets forecasts decide
+        self._unheeded = 0  # steps since it was told one
         self._tokens = 0
         self._last_is_narrow = last_is_narrow
         self._last_step: float | None = None  # when the previous decode step passed its last layer
@@ -157,13 +161,15 @@ class AheadLoader:
         self._predicted = False
         if self._follower is None:
             return
-        wanted = self.gate.open or self._listener is not None
+        self._unheeded += 1
+        wanted = self.gate.open or (self._listener is not None and (self._heeded or self._unheeded >= _ASK_AGAIN))
         forecast = self._follower.begin(spans, decode=decode and wanted)
         if forecast is None:
             return
         self._predicted = True
         if self._listener is not None:
-            self._listener(forecast)
+            self._heeded = self._listener(forecast)
+            self._unheeded = 0
         if self.gate.open:
             self._path.top_up(lambda: forecast.now, 0, len(spans))
 
