@@ -29,17 +29,18 @@ def ablation(catalog: Catalog, predictors: Mapping[str, str]) -> dict[str, dict[
     predictors : mapping of str to str
         Those of :data:`PREDICTORS` that were trained, and the option that names each.
     """
+    # Loading ahead is always on here: "auto" would spend most of a short run on trials with and without it.
     # A prompt's step needs a whole layer; next to nothing is kept beyond that. Slots are padded to pages.
     least = max(layer.experts * (layer.expert_bytes + _PADDING) for layer in catalog.layers)
     arms: dict[str, dict[str, Any]] = {
         "on demand": {**_NOTHING, "policy": "lru", "budget": least},
         "+ LRU": {**_NOTHING, "policy": "lru"},
         "+ policy": {**_NOTHING, "policy": "predictive"},
-        "+ lookahead": {"predictor": "off", "policy": "predictive", "lookahead": "auto"},
+        "+ lookahead": {"predictor": "off", "policy": "predictive", "lookahead": "on"},
     }
     for name in PREDICTORS:
         if name in predictors:
-            arms[f"+ {name}"] = {"predictor": predictors[name], "policy": "predictive", "lookahead": "auto"}
+            arms[f"+ {name}"] = {"predictor": predictors[name], "policy": "predictive", "lookahead": "on"}
     return arms
 
 
