@@ -41,7 +41,9 @@ def test_training_writes_predictors_a_report_and_a_picture(invoke: Invoke, tmp_p
     assert "blend, path, tokens, table" in result.stdout
     assert "kept back: " in result.stdout and "other: " in result.stdout
     assert load(out).names == ("blend", "path", "tokens", "table")
-    record = json.loads((out / "report.json").read_text())
+    text = (out / "report.json").read_text()
+    assert "NaN" not in text, "JSON has no such number"
+    record = json.loads(text)
     named = {(item["predictor"], item["text"]) for item in record["scores"]}
     predictors = ("blend", "path", "tokens", "table", "previous token", "static frequency")
     assert named == {(name, text) for name in predictors for text in ("kept back", "other")}

@@ -81,22 +81,24 @@ def train_command(request: TrainRequest) -> None:
                 lookahead=lookahead,
                 progress=tell,
             )
+            save(request.out, trained)
         except ModuleNotFoundError as error:
             if error.name not in ("torch", "safetensors"):
                 raise
             raise UnsupportedEngineError(
                 "Training needs torch, which is not installed.", "Install Expertier with its extra: expertier[train]."
             ) from error
-        save(request.out, trained)
         if request.report:
             texts = [(KEPT_BACK, kept_back), *tests]
             scores = report(trained, texts, most_tokens=request.report_tokens, lookahead=lookahead, progress=tell)
+    # A layer without a horizon has NaN, which JSON does not know.
+    plain = json.loads(json.dumps([asdict(item) for item in scores]), parse_constant=lambda _: None)
     if scores:
-        record = {"model": asdict(trained.model), "facts": trained.facts, "scores": [asdict(item) for item in scores]}
+        record = {"model": asdict(trained.model), "facts": trained.facts, "scores": plain}
         (request.out / REPORT).write_text(json.dumps(record, indent=1))
         draw_scores(scores, request.out / FIGURE)
     if request.as_json:
-        print_json({"out": str(request.out), "predictors": trained.names, "facts": trained.facts, "scores": scores})
+        print_json({"out": str(request.out), "predictors": trained.names, "facts": trained.facts, "scores": plain})
         return
     _print(request, trained, scores)
 

@@ -164,7 +164,7 @@ class PathScorer:
         x = np.empty(0, np.float32)
         for start in range(memory.length, history.length, _CHUNK):
             ids = history.tokens[start : start + _CHUNK]
-            x = self._advance(memory, np.minimum(ids, self.shape.vocabulary - 1))
+            x = self._advance(memory, np.clip(ids, 0, self.shape.vocabulary - 1))
             memory.saved[memory.length] = (memory.states.copy(), memory.before.copy())
         if len(memory.saved) > memory.most_saved:
             # Only the last few of the decoded tokens can be taken back cheaply, and one in so many before them.
