@@ -34,12 +34,12 @@ class Fairness:
         Steps after its turn came from which on nobody who arrived later joins before it. Its turn comes when as many
         requests have joined as were ahead of it when it arrived.
     seconds : float
-        The same in seconds.
+        The same in seconds; no limit unless one is given, because a step may take milliseconds or seconds.
     """
 
     overtaken: int = 64
     steps: int = 2048
-    seconds: float = 30.0
+    seconds: float = float("inf")
 
 
 @dataclass(slots=True)

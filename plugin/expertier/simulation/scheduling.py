@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from expertier.errors import UnsupportedOptionError
 from expertier.residency.base import IntArray
 from expertier.routing.trace_format import TraceHeader
-from expertier.scheduling import BATCHERS, Admission, Fairness, PathBook, Worth, make_batcher
+from expertier.scheduling import BATCHERS, Admission, PathBook, Worth, make_batcher
 from expertier.simulation.requests import RecordedRequest, Texts, Traffic, cut_requests, poisson
 from expertier.simulation.timing import Timing
 from expertier.simulation.traffic import Served, serve
@@ -269,8 +269,7 @@ class TrafficSimulator:
             if arm == ORACLE:
                 return Admission(make_batcher("similarity"), _Domains(traffic.requests), worth=Worth("on"), clock=clock)
             book = self._book(plan, traffic.requests, seed)
-            limits = Fairness(seconds=float("inf")) if plan.load is None else Fairness()
-            return Admission(make_batcher(arm), book, fairness=limits, clock=clock)
+            return Admission(make_batcher(arm), book, clock=clock)
 
         return serve(
             traffic,
