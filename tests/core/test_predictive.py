@@ -113,6 +113,21 @@ def test_a_forecast_that_turns_good_is_listened_to_again() -> None:
     assert policy.use_probability(np.array([expert(2, 5)])) == pytest.approx(0.9)
 
 
+@pytest.mark.parametrize("where", ["now", "soon"])
+def test_what_is_no_number_is_no_forecast(where: str) -> None:
+    policy = Predictive(SPACE)
+    now, soon = chances(expert(2, 5)), NOTHING.copy()
+    (now if where == "now" else soon[1])[7] = np.nan
+    assert policy.expect(chances(expert(2, 5)), NOTHING)
+    assert not policy.expect(now, soon)
+    policy.advance(1)
+    policy.touch(np.array([expert(0, 0)]))
+    assert np.isfinite(policy.keep_scores(ALL, 0)).all()
+    assert policy.use_probability(np.array([expert(2, 5)])) == 0
+    policy.advance(1)
+    assert policy.expect(chances(expert(2, 5)), NOTHING), "the next one counts again"
+
+
 def test_a_forecast_holds_for_one_step_whether_it_comes_before_or_at_its_beginning() -> None:
     likely = np.array([expert(2, 5)])
     early, late = Predictive(SPACE), Predictive(SPACE)

@@ -52,13 +52,14 @@ def nonsense(model: RoutedModel) -> RoutePredictor:
     return FixedPredictor(model, np.full(model.shape, np.nan))
 
 
+@pytest.mark.parametrize("policy", ["lfu", "predictive"])
 @pytest.mark.parametrize(
     "make", [WrongPredictor, everything, nonsense, BrokenPredictor], ids=lambda make: make.__name__
 )
 def test_whatever_a_predictor_says_the_logits_are_stocks_and_the_budget_holds(
-    plain: Path, plain_rows: list[bytes], make: Make, monkeypatch: pytest.MonkeyPatch
+    plain: Path, plain_rows: list[bytes], make: Make, policy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with predicted(plain, make, monkeypatch) as llm:
+    with predicted(plain, make, monkeypatch, expert_policy=policy) as llm:
         assert trace(llm) == plain_rows
         stats = llm.offload.stats()
         assert stats.peak_resident_bytes <= stats.budget_bytes

@@ -74,6 +74,9 @@ class Predictive:
             Whether it is listened to, now or for what comes later.
         """
         self._judge()
+        if not np.isfinite(now.sum() + soon.sum()):
+            self._now = self._next = None
+            return False
         self._now, self._next = now, soon[0]
         self._known = self._by_past(slice(None))
         self._later = _WITH_FORECAST[2:] @ _log_odds(soon) + _WITH_FORECAST[0]
