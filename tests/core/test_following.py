@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from expertier.routing.ahead import AheadLoader
 from expertier.routing.following import Follower
 from expertier.routing.gate import Confidence, GainGate
+from expertier.routing.lookahead import Lookahead
 from expertier.routing.path_loads import PathLoads
 from expertier.routing.predictor import Forecast, RoutedModel
 from expertier.routing.sequences import Span
@@ -251,3 +253,33 @@ def test_the_outlook_of_layers_with_unlike_numbers_of_experts_is_padded(tmp_path
         absent, under_way = engine.manager.outlook()
         assert absent.tolist() == [[True, True, False, False], [True, False, False, True]]
         assert under_way == 0
+
+
+def test_a_predictor_that_listens_is_told_what_the_next_routers_say(tmp_path: Path) -> None:
+    heard = []
+
+    class Listener(FixedPredictor):
+        listens = True
+
+        def refine(self, sequence: int, scores: Any = None) -> Any:
+            heard.append((sequence, {layer: row.tolist() for layer, row in scores.items()}))
+            return super().refine(sequence)
+
+    model = RoutedModel(layers=(0, 1, 2), experts=(EXPERTS,) * 3, top_k=(2,) * 3, fingerprint="x")
+    gates = {layer: (layer + 1) * np.eye(EXPERTS, dtype=np.float32) for layer in range(3)}
+    hidden = np.arange(2 * EXPERTS, dtype=np.float32).reshape(2, EXPERTS)
+    with engine_with(tmp_path, 12) as engine:  # type: ignore[attr-defined]
+        loader = AheadLoader(
+            manager=engine.manager,
+            experts=dict.fromkeys(range(3), EXPERTS),
+            lookahead=Lookahead(gates=gates, norms={}, top_k=dict.fromkeys(range(3), 2)),
+            gate=GainGate("on"),
+            predictor=Listener(model, np.zeros((3, EXPERTS))),
+        )
+        loader.begin([span(0, 1, key=0), span(0, 2, key=1)], decode=True)
+        loader.after_router(0, np.array([[0, 1], [2, 3]]), lambda: hidden, decode=True)
+    first, second = hidden
+    assert heard == [
+        (0, {1: (2 * first).tolist(), 2: (3 * first).tolist()}),
+        (1, {1: (2 * second).tolist(), 2: (3 * second).tolist()}),
+    ]

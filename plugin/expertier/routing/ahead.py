@@ -20,12 +20,14 @@ from expertier.routing.following import Follower
 from expertier.routing.gate import Confidence, GainGate
 from expertier.routing.lookahead import Lookahead
 from expertier.routing.path_loads import PathLoads
-from expertier.routing.predictor import Forecast, RoutePredictor
+from expertier.routing.predictor import Chances, Forecast, RoutePredictor
 from expertier.routing.prefetch_plan import LEAST_CHANCE
 from expertier.routing.sequences import Span
 
 _ASK_AGAIN = 16  # steps after which a predictor whom nobody heeds is asked again
 _STREAM_FROM = 0.5  # share of a layer's experts in use from which the next layer is streamed whole
+
+_LISTENED = 2  # layers whose routers a predictor is told about: those further on know too little
 
 GateInput = Callable[[], "NDArray[np.float32] | None"]
 """Gives the input of a layer's router, shape ``(tokens, hidden)``, or ``None`` where it cannot be had."""
@@ -224,9 +226,18 @@ class AheadLoader:
         if not self.gate.open:
             return
         if self._predicted and self._follower is not None:
-            self._path.top_up(self._follower.refine, self._position[layer] + 1, len(routes))
+            self._path.top_up(lambda: self._refined(layer, gate_input), self._position[layer] + 1, len(routes))
         if self._lookahead is not None:  # the next layer's own gate knows some that the path does not
             self._look_ahead(layer, following, routes, gate_input)
+
+    def _refined(self, layer: int, gate_input: GateInput) -> Chances | None:
+        """The rest of the path, with what the next routers say about this layer's input where the predictor listens."""
+        assert self._follower is not None
+        if self._lookahead is None or not self._follower.listens or (hidden := gate_input()) is None:
+            return self._follower.refine()
+        tables = self._lookahead.scores(layer, hidden, ahead=_LISTENED)
+        rows = [{later: table[row] for later, table in tables.items()} for row in range(len(hidden))]
+        return self._follower.refine(rows)
 
     def _look_ahead(self, layer: int, following: int, routes: NDArray[np.int64], gate_input: GateInput) -> None:
         assert self._lookahead is not None

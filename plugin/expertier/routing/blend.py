@@ -94,6 +94,7 @@ class BlendScorer:
         self._experts = model.experts
         self._frequency = logit(frequency)
         self._weights = weights
+        self.listens = bool(weights.now[1, :, :, INPUTS.index("lookahead")].any())  # fitted with the routers' inputs
         steady = [frequency for _ in HORIZONS]
         for place, horizon in enumerate(HORIZONS):
             steady[place] = logit(1.0 - (1.0 - frequency) ** horizon)

@@ -55,6 +55,11 @@ class Follower:
         self._count = 0  # rows of the running step
         self._told = False
 
+    @property
+    def listens(self) -> bool:
+        """Whether the predictor makes use of what the lookahead says (:meth:`refine`)."""
+        return bool(getattr(self.predictor, "listens", False))
+
     def begin(self, spans: Sequence[Span], *, decode: bool) -> Forecast | None:
         """A step begins.
 
@@ -141,6 +146,8 @@ class Follower:
         """
         if not self._step:
             return None
+        if scores is not None and len(scores) != self._count:
+            scores = None
         try:
             refined = [
                 self.predictor.refine(number, scores[row] if scores is not None else None)

@@ -104,6 +104,11 @@ class SequencePredictor:
         self._place = model.position
         self._open: dict[int, _Open] = {}
 
+    @property
+    def listens(self) -> bool:
+        """Whether :meth:`refine` makes use of what the lookahead says."""
+        return bool(getattr(self.scorer, "listens", False))
+
     def forecast(self, sequence: int, tokens: IntArray, *, start: int | None = None) -> Forecast:
         state = self._open.get(sequence)
         if state is None:
