@@ -244,6 +244,9 @@ def test_a_scheduler_learns_the_routes_of_every_token(load: Load) -> None:
         ([1] * 1024, {}, RequestTooLongError, "exceed context window of 1024"),
         ([320], {}, RequestError, "Token 320"),
         ("\ud800", {}, RequestError, "not text"),
+        (None, {}, RequestError, "no text and no tokens"),
+        (b"abc", {}, RequestError, "bytes"),
+        ([1, 2.5], {}, RequestError, "no text and no tokens"),
         ("a", {"max_tokens": 0}, RequestError, "max_tokens=0"),
         ("a", {"temperature": -1.0}, RequestError, "temperature"),
         ("a", {"repeat_penalty": 0.0}, RequestError, "repeat_penalty"),
@@ -271,6 +274,8 @@ def test_a_request_that_cannot_be_served_says_why_and_harms_no_other(
 def test_options_that_do_not_exist_are_refused_at_once(model: Path, load: Load) -> None:
     with pytest.raises(RequestError, match="temprature"):
         load().generate(["a"], temprature=0)
+    with pytest.raises(RequestError, match="list"):
+        load().generate("a prompt")
     with pytest.raises(UnsupportedOptionError, match="max_sequences=0"):
         load(max_sequences=0)
     with pytest.raises(UnsupportedOptionError, match="1 to 256"):

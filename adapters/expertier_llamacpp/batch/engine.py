@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import operator
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
@@ -148,6 +149,8 @@ class BatchEngine:
         RequestError
             For an option that does not exist.
         """
+        if isinstance(prompts, str):
+            raise RequestError("generate() takes many prompts, this is one text.", "Put it into a list.")
         template = _request(options)
         bar = progress_bar(len(prompts) if isinstance(prompts, Sized) else None, shown=progress)
         return self._generate(iter(prompts), template, bar, stream=stream)
@@ -168,12 +171,13 @@ class BatchEngine:
             try:
                 while more or pending or not outputs.empty():
                     while more and len(pending) < self.max_sequences + _AHEAD:
-                        prompt = next(prompts, None)
-                        if prompt is None:
+                        try:
+                            prompt = next(prompts)
+                        except StopIteration:
                             more = False
                             break
-                        request = prompt if isinstance(prompt, Request) else replace(template, prompt=prompt)
                         try:
+                            request = prompt if isinstance(prompt, Request) else replace(template, prompt=prompt)
                             pending[index] = self._submit_text(request, index, outputs.put, stream=stream)
                         except RequestError as error:
                             outputs.put(Output(index=index, piece="", text="", finish_reason="error", error=error))
@@ -282,7 +286,12 @@ class BatchEngine:
 
     def _tokens_of(self, prompt: str | Sequence[int]) -> list[int]:
         if not isinstance(prompt, str):
-            return [int(token) for token in prompt]
+            if isinstance(prompt, (bytes, bytearray)):
+                raise RequestError("The prompt is bytes: neither text nor tokens.", "Decode it.")
+            try:
+                return [operator.index(token) for token in prompt]
+            except TypeError as error:
+                raise RequestError(f"The prompt is no text and no tokens: {error}.") from error
         if not prompt:
             raise RequestError("The prompt is empty.", "Give at least one character.")
         begins = bool(self.llama._model.add_bos_token())
