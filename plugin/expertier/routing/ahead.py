@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from expertier.routing.following import Follower
 from expertier.routing.gate import Confidence, GainGate
 from expertier.routing.lookahead import Lookahead
-from expertier.routing.path_loads import PathLoads
+from expertier.routing.path_loads import PathLoads, Prefetcher
 from expertier.routing.predictor import Chances, Forecast, RoutePredictor
 from expertier.routing.prefetch_plan import LEAST_CHANCE
 from expertier.routing.sequences import Span
@@ -33,24 +33,11 @@ GateInput = Callable[[], "NDArray[np.float32] | None"]
 """Gives the input of a layer's router, shape ``(tokens, hidden)``, or ``None`` where it cannot be had."""
 
 
-class Loader(Protocol):
+class Loader(Prefetcher, Protocol):
     """What executes the loads: the offload manager."""
 
     def resident(self, layer: int) -> NDArray[np.bool_]:
         """Which experts of a layer are resident, shape ``(experts,)``."""
-
-    def outlook(self) -> tuple[NDArray[np.bool_], int]:
-        """Which experts are absent, shape ``(layers, experts)``, and how many loads ahead of need are under way."""
-
-    def prefetch(
-        self,
-        layer: int,
-        experts: NDArray[np.int64],
-        probabilities: NDArray[np.float64] | None = None,
-        *,
-        limit: int,
-    ) -> int:
-        """Load likely experts, likeliest first, with at most `limit` loads under way; return how many began."""
 
 
 class AheadLoader:

@@ -13,7 +13,7 @@ from expertier.routing.predictor import Chances
 from expertier.routing.prefetch_plan import plan_loads
 
 
-class Loader(Protocol):
+class Prefetcher(Protocol):
     """What executes the loads: the offload manager."""
 
     def outlook(self) -> tuple[NDArray[np.bool_], int]:
@@ -35,7 +35,7 @@ class PathLoads:
 
     Parameters
     ----------
-    manager : Loader
+    manager : Prefetcher
         The offload manager.
     layers : sequence of int
         Indices of the layers with routed experts, ascending.
@@ -50,7 +50,7 @@ class PathLoads:
     been begun.
     """
 
-    def __init__(self, manager: Loader, layers: Sequence[int], *, confidence: Confidence, ahead: int) -> None:
+    def __init__(self, manager: Prefetcher, layers: Sequence[int], *, confidence: Confidence, ahead: int) -> None:
         self._confidence = confidence
         self._manager = manager
         self._layers = tuple(layers)
