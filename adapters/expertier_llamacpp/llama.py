@@ -29,7 +29,7 @@ from expertier.planning.memory import memory_left, process_memory
 from expertier.quality.serving import QualityKeeper, read_quality_budget
 from expertier.residency.windows import WindowPool
 from expertier.routing import AheadLoader, GainGate, Lookahead, ProfileKeeper, TraceRecorder
-from expertier.routing.opening import gate_mode, open_predictor
+from expertier.routing.opening import gate_mode, open_predictor, policy_for
 from expertier.routing.trace_header import trace_header
 from expertier.virtual import VirtualExperts, VirtualSettings
 from expertier.virtual.importance import Importance
@@ -156,14 +156,16 @@ class Llama(ExactRequests, llama_cpp.Llama):
         smallest = sum(token) if hard else max(token)
         largest = sum(layer.experts * pool.slot_bytes(layer.layer) for layer in catalog.layers)
         asked = parse_budget(options.budget, largest)
+        directories = sidecar_directories(catalog.path.parent, options.sidecar_dir)
         try:
+            predictor = open_predictor(options.predictor, catalog, directories)
             manager = OffloadManager(
                 experts={layer.layer: layer.experts for layer in catalog.layers},
                 top_k={layer.layer: layer.top_k for layer in catalog.layers},
                 pool=pool,
                 budget=smallest if asked is None else min(asked, largest),
                 config=ManagerConfig(
-                    policy=options.policy,
+                    policy=policy_for(options, predictor, lossy=self.virtual is not None),
                     half_life=options.half_life,
                     io_threads=options.io_threads,
                     fill=True,
@@ -175,8 +177,6 @@ class Llama(ExactRequests, llama_cpp.Llama):
             raise
         self._closing.insert(0, manager.close)
         self.offload = manager
-        directories = sidecar_directories(catalog.path.parent, options.sidecar_dir)
-        predictor = open_predictor(options.predictor, catalog, directories)
         keeper = ProfileKeeper(options.profile, catalog, directories, manager)
         self._closing.insert(0, keeper.close)
         self.recorder = None
@@ -197,7 +197,7 @@ class Llama(ExactRequests, llama_cpp.Llama):
                 lookahead=_make_lookahead(catalog, layouts) if options.lookahead != "off" else None,
                 gate=GainGate(gate_mode(options.lookahead, predictor)),
                 predictor=predictor,
-                listener=manager.forecast if options.policy == "predictive" else None,
+                listener=manager.forecast if manager.config.policy == "predictive" else None,
                 # llama.cpp drops rows without output before the last layer's experts: of a prompt one row is left.
                 last_is_narrow=True,
             )

@@ -37,7 +37,7 @@ from expertier.planning.memory import MemoryLimit, memory_left
 from expertier.quality.serving import read_quality_budget
 from expertier.residency.windows import WindowPool
 from expertier.routing import AheadLoader, GainGate, Lookahead, ProfileKeeper, RoutePredictor, Span, TraceRecorder
-from expertier.routing.opening import gate_mode, open_predictor
+from expertier.routing.opening import gate_mode, open_predictor, policy_for
 from expertier.routing.trace_header import trace_header
 from expertier.storage import StorageFile
 from expertier.virtual import VirtualExperts, VirtualSettings
@@ -257,14 +257,21 @@ class Runtime:
         self._asked = parse_budget(offload.budget, self._largest)
         # Until the KV cache has its memory, budget "auto" holds one layer: enough for warm-ups.
         one_layer = max(layer.experts * pool.slot_bytes(layer.layer) for layer in managed)
+        settings = VirtualSettings.from_options(offload, top_k=min(stage.top_k for stage in self._stages))
+        if settings is not None:
+            self.virtual = VirtualExperts([stage.layer for stage in self._stages], settings)
         try:
+            self._predictor = self._open_predictor()
             self.manager = OffloadManager(
                 experts={layer.layer: layer.experts for layer in managed},
                 top_k={layer.layer: layer.top_k for layer in managed},
                 pool=pool,
                 budget=min(self._asked or one_layer, self._largest),
                 config=ManagerConfig(
-                    policy=offload.policy, half_life=offload.half_life, io_threads=offload.io_threads, fill=True
+                    policy=policy_for(offload, self._predictor, lossy=settings is not None),
+                    half_life=offload.half_life,
+                    io_threads=offload.io_threads,
+                    fill=True,
                 ),
             )
         except BaseException:
@@ -273,7 +280,6 @@ class Runtime:
         weakref.finalize(self, self.manager.close)
         profile = offload.profile if self.facts.rank == 0 and self._sees_all_layers else "off"
         self._keeper = ProfileKeeper(profile, self._catalog, self._directories(), self.manager)
-        self._predictor = self._open_predictor()
         if offload.trace is not None and self.facts.rank == 0:
             if not self._sees_all_layers:
                 raise UnsupportedOptionError(
@@ -330,12 +336,9 @@ class Runtime:
         if self._waiting:
             raise ModelFormatError(f"vLLM loaded no weights for {min(self._waiting)}.", "Fetch the checkpoint again.")
         offload = self.options.offload
-        settings = VirtualSettings.from_options(offload, top_k=min(stage.top_k for stage in self._stages))
-        if settings is not None:
-            self.virtual = VirtualExperts([stage.layer for stage in self._stages], settings)
-            if self._quality is not None:
-                definite = self._asked is not None
-                self._quality.attach(self.virtual, lambda: self.manager.budget, self._largest, definite=definite)
+        if self.virtual is not None and self._quality is not None:
+            definite = self._asked is not None
+            self._quality.attach(self.virtual, lambda: self.manager.budget, self._largest, definite=definite)
         lookahead = self._make_lookahead(norms) if offload.lookahead != "off" else None
         self._ahead = AheadLoader(
             manager=self.manager,
@@ -343,7 +346,7 @@ class Runtime:
             lookahead=lookahead,
             gate=GainGate(gate_mode(offload.lookahead, self._predictor)),
             predictor=self._predictor,
-            listener=self.manager.forecast if offload.policy == "predictive" else None,
+            listener=self.manager.forecast if self.manager.config.policy == "predictive" else None,
         )
         self._keeper.follow(self._ahead)
 

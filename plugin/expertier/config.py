@@ -28,7 +28,9 @@ class OffloadOptions:
     """
 
     budget: str | int = _option("auto", "Memory for experts: bytes, '8GiB', '25%' of all experts, or 'auto'.")
-    policy: Literal["lfu", "lru", "lfru", "edge", "predictive"] = _option("lfu", "Eviction policy.")
+    policy: Literal["auto", "lfu", "lru", "lfru", "edge", "predictive"] = _option(
+        "auto", "Eviction policy; 'auto' = predictive where a trained predictor is at hand, else lfu."
+    )
     half_life: float | None = _option(None, "Half-life of use counts in tokens (lfu, predictive: 16, lfru: 64).")
     lookahead: Literal["auto", "on", "off"] = _option(
         "auto", "Load the next layer's likely experts early; 'auto' keeps it only while it pays."
@@ -71,6 +73,11 @@ class OffloadOptions:
         "off", "Very lossy: tokens go to resident experts only and no step waits (SwapMoE as published)."
     )
     config: str | None = _option(None, "JSON file with options, as `expertier plan --apply` writes it.")
+
+    @property
+    def plain_policy(self) -> str:
+        """The eviction policy of a run that no predictor tells anything."""
+        return "lfu" if self.policy == "auto" else self.policy
 
     @classmethod
     def from_mapping(cls, given: Mapping[str, Any] | None = None) -> OffloadOptions:

@@ -98,7 +98,7 @@ def test_an_unknown_option_is_refused_with_the_names_that_exist() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"policy": "fifo"}, "policy='fifo' is not possible. Choose from: lfu, lru, lfru, edge, predictive."),
+        ({"policy": "fifo"}, "policy='fifo' is not possible. Choose from: auto, lfu, lru, lfru, edge, predictive."),
         ({"policy": True}, "policy='on' is not possible."),
         ({"lookahead": "yes"}, "Choose from: auto, on, off."),
         ({"io_mode": ["direct"]}, "is not possible"),

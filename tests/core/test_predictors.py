@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from expertier.config import OffloadOptions
 from expertier.errors import (
     PredictorFormatError,
     PredictorMismatchError,
@@ -22,6 +23,7 @@ from expertier.routing.blend import BlendScorer, BlendWeights, fit_logistic, log
 from expertier.routing.evaluate import AHEAD, BEFORE, SOON, Score, find
 from expertier.routing.history import SequencePredictor
 from expertier.routing.lookahead import Lookahead
+from expertier.routing.opening import policy_for
 from expertier.routing.path import PathScorer, PathShape
 from expertier.routing.predictor import HORIZONS, Forecast, RoutePredictor, merge
 from expertier.routing.recorder import TraceRecorder
@@ -394,3 +396,20 @@ def test_a_manifest_that_contradicts_its_files_is_refused(
     (folder / MANIFEST).write_text(json.dumps({**manifest, **change}))
     with pytest.raises(error, match=words):
         load(folder)
+
+
+@pytest.mark.parametrize(
+    ("asked", "predicted", "lossy", "policy"),
+    [
+        ("auto", True, False, "predictive"),
+        ("auto", False, False, "lfu"),
+        ("auto", True, True, "lfu"),
+        ("lru", True, False, "lru"),
+        ("predictive", False, True, "predictive"),
+    ],
+)
+def test_what_stays_follows_a_predictor_where_there_is_one_unless_the_user_says_otherwise(
+    trained: tuple[Trained, Windows], asked: str, predicted: bool, lossy: bool, policy: str
+) -> None:
+    predictor = trained[0].predictor() if predicted else None
+    assert policy_for(OffloadOptions.from_mapping({"policy": asked}), predictor, lossy=lossy) == policy

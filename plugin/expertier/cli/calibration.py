@@ -83,7 +83,7 @@ def calibrate_engine(
         with opened(share, None) as session:
             budget = session.stats().budget_bytes
             seconds = measure_steps(session, tokens)
-        loads = step_loads(events, options.policy, budget)[_WARM_UP : _WARM_UP + len(seconds)]
+        loads = step_loads(events, options.plain_policy, budget)[_WARM_UP : _WARM_UP + len(seconds)]
         samples.append(SpeedSample(budget_bytes=budget, seconds=seconds, loads=loads))
     speed = fit_speed(
         samples, total_bytes=total, engine=engine, fingerprint=catalog.fingerprint, threads=settings.threads

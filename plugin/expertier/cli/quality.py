@@ -174,7 +174,7 @@ def _profile(
         fingerprint=catalog.fingerprint,
         model=catalog.path.name,
         engine=adapter.engine,
-        policy=request.options.policy,
+        policy=request.options.plain_policy,
         texts=len(chosen),
         tokens=measured.evaluations[0].tokens,
         domains=tuple(dict.fromkeys(text.domain for text in chosen)),

@@ -168,5 +168,5 @@ def read_quality_budget(options: OffloadOptions, catalog: Catalog) -> tuple[Offl
         return options, None
     if budget.kind == "bias":
         return replace(options, virtual_bias=budget.value), None
-    keeper = QualityKeeper(budget, find_profile(catalog, options.sidecar_dir, policy=options.policy))
+    keeper = QualityKeeper(budget, find_profile(catalog, options.sidecar_dir, policy=options.plain_policy))
     return (options if hard else replace(options, virtual_bias=0.0)), keeper

@@ -9,6 +9,7 @@ from typing import Literal
 
 from expertier.catalog.routers import read_routers, routers_digest
 from expertier.catalog.types import Catalog
+from expertier.config import OffloadOptions
 from expertier.errors import PredictorError, PredictorMissingError
 from expertier.routing.predictor import RoutedModel, RoutePredictor
 from expertier.routing.saved import MANIFEST, NAMES, load_predictor
@@ -66,6 +67,21 @@ def open_predictor(option: str, catalog: Catalog, directories: Sequence[Path]) -
 def predictor_folder(model: RoutedModel) -> str:
     """Name of the folder that holds a model's predictors, the same for all its conversions."""
     return f"predictor-{(model.routers or model.fingerprint)[:12]}"
+
+
+def policy_for(options: OffloadOptions, predictor: RoutePredictor | None, *, lossy: bool) -> str:
+    """Eviction policy for the option ``policy``.
+
+    Parameters
+    ----------
+    options : OffloadOptions
+        What the user set.
+    predictor : RoutePredictor or None
+        What predicts whole paths.
+    lossy : bool
+        Whether stand-ins are possible: what they cost was measured under a policy that needs no predictor.
+    """
+    return "predictive" if options.policy == "auto" and predictor is not None and not lossy else options.plain_policy
 
 
 def gate_mode(
