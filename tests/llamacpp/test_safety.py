@@ -13,6 +13,7 @@ import sys
 import textwrap
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -376,7 +377,8 @@ def test_a_budget_that_shrinks_below_a_running_step_is_an_error_or_harmless(
 
     def resize() -> None:
         while not stop.is_set():
-            llm.offload.resize(choice.randrange(need.token, need.layer))
+            with suppress(BudgetError):  # what the running step may need is not taken away
+                llm.offload.resize(choice.randrange(need.token, need.layer))
 
     outcomes = {"right": 0, "refused": 0}
     with closing(expertier(plain, need.total)) as llm:
