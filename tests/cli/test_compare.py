@@ -98,7 +98,7 @@ def test_lossy_arms_are_marked_measured_and_no_part_of_the_equality(
     assert found["increase"]["low"] <= found["increase"]["middle"] <= found["increase"]["high"]
     offload = figures["expertier-quality-0.4"]["offload"]
     assert offload["bias"] == 0.4 and max(offload["substituted"]) > 0
-    assert offload["misses_per_token"] < found["exact_misses_per_token"]
+    assert offload["read_bytes_per_token"] < found["exact_read_bytes_per_token"]
     identity = data["summary"]["identity"]
     assert identity["same_logits"] is True and identity["lossy_arms"] == 1
     text = invoke("report", out)

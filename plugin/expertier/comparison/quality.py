@@ -142,7 +142,7 @@ def judge(lossy: Path, exact: Path, figures: Figures) -> QualityFigures:
         increase=bootstrap(gained[present], counts[present]).map(np.expm1),
         kl=float(kl.mean()),
         agreement=float(agreed.mean()),
-        exact_misses_per_token=figures.offload.misses_per_token if figures.offload is not None else None,
+        exact_read_bytes_per_token=figures.offload.read_bytes_per_token if figures.offload is not None else None,
     )
 
 

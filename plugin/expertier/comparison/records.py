@@ -166,8 +166,8 @@ class QualityFigures:
         KL divergence from the exact distributions, nats per token.
     agreement : float
         Share of positions with the same likeliest token.
-    exact_misses_per_token : float or None
-        Loads of the exact run, if that was Expertier's.
+    exact_read_bytes_per_token : float or None
+        What the exact run read while it decoded, ahead of need or not.
     """
 
     tokens: int
@@ -176,7 +176,7 @@ class QualityFigures:
     increase: Interval
     kl: float
     agreement: float
-    exact_misses_per_token: float | None = None
+    exact_read_bytes_per_token: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -51,8 +51,6 @@ class ArmSummary:
         As of the arm.
     quality : QualityFigures or None
         What a lossy arm lost: of the repeat with the median perplexity.
-    misses_per_token : float or None
-        Expertier's loads on demand.
     bias, calibrated_bias : float or None
         Of virtual experts at the end of the last repeat.
     substituted : tuple of float
@@ -89,7 +87,6 @@ class ArmSummary:
     loads: tuple[LoadSummary, ...] = ()
     lossy: bool = False
     quality: QualityFigures | None = None
-    misses_per_token: float | None = None
     bias: float | None = None
     calibrated_bias: float | None = None
     substituted: tuple[float, ...] = ()
@@ -254,7 +251,6 @@ def _summarise_arm(
             "over_bound": 1 / median(speeds) / bound if bound else None,
             "bound_by": bound_by,
             "quality": _median_quality(figures),
-            "misses_per_token": median_of_known(item.misses_per_token for item in offload),
             "bias": offload[-1].bias if offload else None,
             "calibrated_bias": offload[-1].calibrated_bias if offload else None,
             "substituted": tuple(map(mean, zip(*(item.substituted for item in offload), strict=True))),

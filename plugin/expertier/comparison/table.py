@@ -128,14 +128,14 @@ def _loads_table(arms: list[ArmSummary]) -> Table:
 def _quality_table(arms: list[ArmSummary]) -> Table:
     table = Table(title="what lossy arms lost", title_justify="left", header_style="dim", expand=False)
     table.add_column("arm", no_wrap=True)
-    names = ("tok/s", "perplexity", "90 % interval", "KL", "same token", "loads/token", "fewer loads", "bias")
+    names = ("tok/s", "perplexity", "90 % interval", "KL", "same token", "read/token", "fewer bytes", "bias")
     for name in (*names, "gate mass"):
         table.add_column(name, justify="right", no_wrap=True)
     for arm in arms:
         quality = arm.quality
         if quality is None or arm.tokens_per_second is None:
             continue
-        exact, own = quality.exact_misses_per_token, arm.misses_per_token
+        exact, own = quality.exact_read_bytes_per_token, arm.read_bytes_per_token
         table.add_row(
             f"[bold cyan]{escape(arm.label)}[/]",
             f"{arm.tokens_per_second:.1f}",
@@ -143,7 +143,7 @@ def _quality_table(arms: list[ArmSummary]) -> Table:
             f"{100 * quality.increase.low:+.1f} .. {100 * quality.increase.high:+.1f} %",
             f"{quality.kl:.4f}",
             _percent(quality.agreement),
-            _DASH if own is None else f"{own:.2f}",
+            _bytes(own),
             f"{exact / own:.1f}x" if exact and own else _DASH,
             _bias(arm),
             _percent(sum(arm.substituted) / len(arm.substituted)) if arm.substituted else _DASH,
