@@ -256,7 +256,7 @@ class Runtime:
         self._largest = sum(layer.experts * pool.slot_bytes(layer.layer) for layer in managed)
         self._asked = parse_budget(offload.budget, self._largest)
         # Until the KV cache has its memory, budget "auto" holds one layer: enough for warm-ups.
-        one_layer = max(layer.experts * pool.slot_bytes(layer.layer) for layer in managed)
+        self._one_layer = max(layer.experts * pool.slot_bytes(layer.layer) for layer in managed)
         settings = VirtualSettings.from_options(offload, top_k=min(stage.top_k for stage in self._stages))
         if settings is not None:
             self.virtual = VirtualExperts([stage.layer for stage in self._stages], settings)
@@ -266,7 +266,7 @@ class Runtime:
                 experts={layer.layer: layer.experts for layer in managed},
                 top_k={layer.layer: layer.top_k for layer in managed},
                 pool=pool,
-                budget=min(self._asked or one_layer, self._largest),
+                budget=min(self._asked or self._one_layer, self._largest),
                 config=ManagerConfig(
                     policy=policy_for(offload, self._predictor, lossy=settings is not None),
                     half_life=offload.half_life,
@@ -372,6 +372,25 @@ class Runtime:
 
     # ---- budget
 
+    def make_room(self) -> None:
+        """Give back what earlier steps have loaded: with budget "auto" whatever comes now has the first choice."""
+        self.manager.resize(self._smallest)
+
+    def prepare_warm_up(self, promised: int) -> None:
+        """Allow steps that are only tried out a layer's experts, or as much of it as there is memory for.
+
+        Parameters
+        ----------
+        promised : int
+            As for :meth:`settle_budget`.
+
+        Raises
+        ------
+        BudgetError
+            Not even one token's experts fit.
+        """
+        self._take_what_is_left(memory_left(), promised, self._one_layer)
+
     def settle_budget(self, promised: int = 0) -> None:
         """Take the final budget, now that everything else has its memory.
 
@@ -386,18 +405,9 @@ class Runtime:
             The machine cannot hold the budget; or, for "auto", not even one token's experts.
         """
         limit = memory_left()
-        held = self.manager.stats().resident_bytes
-        left = held + (limit.left - promised) // self.facts.local_workers
         if self._asked is None:
-            amount = min(left - self._margin(limit.left), self._largest)
-            if amount < self._smallest:
-                raise BudgetError(
-                    f"{limit.source} leaves {format_bytes(max(0, amount))} for experts, one token needs "
-                    f"{format_bytes(self._smallest)}.",
-                    "Raise the memory limit, or give the KV cache less (VLLM_CPU_KVCACHE_SPACE).",
-                )
-            self.manager.resize(amount)
-        elif self.manager.budget > left:
+            self._take_what_is_left(limit, promised, self._largest)
+        elif self.manager.budget > (left := self._left(limit, promised)):
             raise BudgetError(
                 f"A budget of {format_bytes(self.manager.budget)} exceeds what {limit.source} has left for experts "
                 f"({format_bytes(max(0, left))}).",
@@ -407,6 +417,20 @@ class Runtime:
         self._watch_pressure(limit)
         self._mode = self._mode_line()
         print(self._mode, file=sys.stderr, flush=True)
+
+    def _left(self, limit: MemoryLimit, promised: int) -> int:
+        """Bytes that experts may hold in this worker."""
+        return self.manager.stats().resident_bytes + (limit.left - promised) // self.facts.local_workers
+
+    def _take_what_is_left(self, limit: MemoryLimit, promised: int, most: int) -> None:
+        amount = min(self._left(limit, promised) - self._margin(limit.left), most)
+        if amount < self._smallest:
+            raise BudgetError(
+                f"{limit.source} leaves {format_bytes(max(0, amount))} for experts, one token needs "
+                f"{format_bytes(self._smallest)}.",
+                "Raise the memory limit, or give the KV cache less (VLLM_CPU_KVCACHE_SPACE).",
+            )
+        self.manager.resize(amount)
 
     def _margin(self, left: int) -> int:
         margin = self.options.offload.margin

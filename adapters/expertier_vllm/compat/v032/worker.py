@@ -159,10 +159,13 @@ class ExpertierWorker(CPUWorker):  # type: ignore[misc]
         return available
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
+        if self.expertier.automatic:
+            self.expertier.make_room()
         before = process_memory().untouched
         super().initialize_from_config(kv_cache_config)
         promised = max(0, process_memory().untouched - before)
         if self.expertier.automatic:
+            self.expertier.prepare_warm_up(promised)
             promised += self._step_memory()
         self.expertier.settle_budget(promised)
         self._reporter = Reporter(Board(self.vllm_config.instance_id), self.expertier.stats)
