@@ -181,10 +181,16 @@ class Llama(ExactRequests, llama_cpp.Llama):
         self._closing.insert(0, keeper.close)
         self.recorder = None
         if options.trace is not None:
-            width = layouts[0].metadata.get(f"{catalog.architecture}.embedding_length", 0)
-            self.recorder = TraceRecorder(
-                options.trace, trace_header(catalog, pool, options, engine="llama.cpp", hidden_size=int(width))
+            width = int(layouts[0].metadata.get(f"{catalog.architecture}.embedding_length", 0))
+            header = trace_header(
+                catalog,
+                engine="llama.cpp",
+                pool=pool,
+                weights=True,
+                tokens=options.trace_tokens == "on",
+                hidden_size=width if options.trace_hidden else 0,
             )
+            self.recorder = TraceRecorder(options.trace, header)
             self._closing.append(self.recorder.close)
         buffers = ExpertBuffers(pool.placements, kernels.repacked)
         self._buffers = buffers  # llama.cpp calls into it until the model is freed

@@ -285,8 +285,14 @@ class Runtime:
                 raise UnsupportedOptionError(
                     "A trace needs all layers in one worker.", "Record with tensor instead of pipeline parallelism."
                 )
-            hidden_size = int(self._stages[0].module.hidden_size) if offload.trace_hidden else 0
-            header = trace_header(self._catalog, pool, offload, engine="vllm", hidden_size=hidden_size)
+            header = trace_header(
+                self._catalog,
+                engine="vllm",
+                pool=pool,
+                weights=True,
+                tokens=offload.trace_tokens == "on",
+                hidden_size=int(self._stages[0].module.hidden_size) if offload.trace_hidden else 0,
+            )
             recorder = TraceRecorder(offload.trace, header)
             weakref.finalize(self, recorder.close)
             self._recording = StepRecording(recorder, hidden_every=offload.trace_hidden)

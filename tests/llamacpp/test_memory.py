@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ pytestmark = pytest.mark.engine
 
 ROOT = Path(__file__).resolve().parents[2]
 MB = 1 << 20
-CGROUP = Path("/sys/fs/cgroup/memory")
 
 MEASURE = """
     import ctypes, json, mmap, os, sys
@@ -150,16 +149,8 @@ def test_a_smaller_budget_takes_less_memory_under_another_policy_too(big: Path) 
 
 
 @pytest.fixture
-def limited() -> Iterator[Path]:
-    """Make a control group with a memory limit of 160 MB, page cache included."""
-    group = CGROUP / f"expertier-test-{os.getpid()}"
-    try:
-        group.mkdir()
-        (group / "memory.limit_in_bytes").write_text(str(160 * MB))
-    except OSError as error:
-        pytest.skip(f"no control group of version 1 can be made: {error}")
-    yield group
-    group.rmdir()
+def limited(memory_group: Callable[[int], Path]) -> Path:
+    return memory_group(160 * MB)
 
 
 @pytest.mark.root

@@ -10,7 +10,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ from support.tiny_gguf import TinySpec, write_tiny
 pytestmark = pytest.mark.engine
 
 ROOT = Path(__file__).resolve().parents[2]
-CGROUP = Path("/sys/fs/cgroup/memory")
 MB = 1 << 20
 SPEC = TinySpec(layers=4, experts=16, top_k=2, skew=0.7)
 
@@ -143,15 +142,8 @@ PRESSED = """
 
 
 @pytest.fixture
-def limited() -> Iterator[Path]:
-    group = CGROUP / f"expertier-pressure-{os.getpid()}"
-    try:
-        group.mkdir()
-        (group / "memory.limit_in_bytes").write_text(str(270 * MB))
-    except OSError as error:
-        pytest.skip(f"no control group of version 1 can be made: {error}")
-    yield group
-    group.rmdir()
+def limited(memory_group: Callable[[int], Path]) -> Path:
+    return memory_group(270 * MB)
 
 
 @pytest.mark.root

@@ -19,30 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from expertier.catalog import read_catalog
 from expertier.comparison.prompts import read_texts
 from expertier.routing import TraceRecorder
-from expertier.routing.trace_format import TraceHeader, TraceLayer
-
-
-def header_of(path: Path) -> TraceHeader:
-    """Describe the model whose experts are to be loaded."""
-    catalog = read_catalog(path)
-    return TraceHeader(
-        fingerprint=catalog.fingerprint,
-        architecture=catalog.architecture,
-        model=path.name,
-        engine="transformers",
-        tokens=True,
-        layers=tuple(
-            TraceLayer(
-                layer=layer.layer,
-                experts=layer.experts,
-                top_k=layer.top_k,
-                slot_bytes=layer.expert_bytes,
-                read_bytes=(layer.expert_bytes,),
-                stages=len(layer.parts),
-            )
-            for layer in catalog.layers
-        ),
-    )
+from expertier.routing.trace_header import trace_header
 
 
 def record(recorder: TraceRecorder, number: int, tokens: np.ndarray, routes: np.ndarray) -> None:
@@ -78,7 +55,8 @@ def main() -> None:
     counts = Counter(domain for domain, _ in pieces)
     taken: Counter[str] = Counter()
     domains: list[str] = []
-    with TraceRecorder(given.out, header_of(given.sizes)) as recorder, torch.no_grad():
+    header = trace_header(read_catalog(given.sizes), engine="transformers", tokens=True)
+    with TraceRecorder(given.out, header) as recorder, torch.no_grad():
         for domain, piece in pieces:
             if counts[domain] < given.least or taken[domain] == given.per_domain:
                 continue

@@ -279,11 +279,14 @@ def profile(
     as_json: AsJson = False,
 ) -> None:
     """Read texts token by token and record which experts the routers choose, or what virtual experts cost."""
-    if quality:
-        from expertier.cli.engines import EngineSettings
-        from expertier.cli.quality import QualityRequest, profile_quality
-        from expertier.comparison.hardware import cores
+    from expertier.cli.engines import EngineSettings
+    from expertier.cli.profile import ProfileRequest
+    from expertier.cli.profile import profile as command
+    from expertier.cli.quality import QualityRequest, profile_quality
+    from expertier.comparison.hardware import cores
 
+    settings = EngineSettings(threads=threads or cores())
+    if quality:
         profile_quality(
             QualityRequest(
                 model=model,
@@ -296,16 +299,11 @@ def profile(
                 per_text=per_text,
                 points=points,
                 hard=hard,
-                settings=EngineSettings(threads=threads or cores()),
+                settings=settings,
                 as_json=as_json,
             )
         )
         return
-    from expertier.cli.engines import EngineSettings
-    from expertier.cli.profile import ProfileRequest
-    from expertier.cli.profile import profile as command
-    from expertier.comparison.hardware import cores
-
     command(
         ProfileRequest(
             model=model,
@@ -316,7 +314,7 @@ def profile(
             tokens=tokens,
             per_text=per_text,
             prompt=prompt,
-            settings=EngineSettings(threads=threads or cores()),
+            settings=settings,
             as_json=as_json,
         )
     )

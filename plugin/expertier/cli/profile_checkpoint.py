@@ -14,11 +14,11 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from expertier.catalog.routers import read_routers, routers_digest
 from expertier.catalog.types import Catalog
 from expertier.errors import ExpertierError, UnsupportedEngineError, UnsupportedModelError
 from expertier.planning.memory import memory_left
-from expertier.routing import TraceHeader, TraceLayer, TraceRecorder
+from expertier.routing import TraceRecorder
+from expertier.routing.trace_header import trace_header
 
 ENGINE: Final = "transformers"
 _GROUPED: Final = ("n_group", "num_expert_group", "topk_group")
@@ -91,7 +91,7 @@ def read_checkpoint(
     model.eval()
     read: list[int] = []
     count = 0
-    with TraceRecorder(out, _header(catalog, token_ids)) as recorder, torch.inference_mode():
+    with TraceRecorder(out, trace_header(catalog, engine=ENGINE, tokens=token_ids)) as recorder, torch.inference_mode():
         request = recorder.next_request
         for number, text in enumerate(texts):
             ids = tokenizer(text, add_special_tokens=False)["input_ids"][: min(per_text, tokens - count)]
@@ -134,28 +134,6 @@ def _record(
         for layer, chosen in zip(catalog.layers, routes, strict=True):
             recorder.record(layer.layer, chosen[here])
         recorder.end_step()
-
-
-def _header(catalog: Catalog, token_ids: bool) -> TraceHeader:
-    return TraceHeader(
-        fingerprint=catalog.fingerprint,
-        architecture=catalog.architecture,
-        model=catalog.path.name,
-        engine=ENGINE,
-        layers=tuple(
-            TraceLayer(
-                layer=layer.layer,
-                experts=layer.experts,
-                top_k=layer.top_k,
-                slot_bytes=layer.expert_bytes,
-                read_bytes=(layer.expert_bytes,),
-                stages=len(layer.parts),
-            )
-            for layer in catalog.layers
-        ),
-        tokens=token_ids,
-        routers=routers_digest(read_routers(catalog), tuple(catalog.by_layer)),
-    )
 
 
 @contextmanager

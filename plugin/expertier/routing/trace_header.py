@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from expertier.catalog.routers import read_routers, routers_digest
 from expertier.catalog.types import Catalog
-from expertier.config import OffloadOptions
 from expertier.residency.windows import WindowPool
 from expertier.routing.trace_format import TraceHeader, TraceLayer
 
 
 def trace_header(
-    catalog: Catalog, pool: WindowPool, options: OffloadOptions, *, engine: str, hidden_size: int
+    catalog: Catalog,
+    *,
+    engine: str,
+    pool: WindowPool | None = None,
+    weights: bool = False,
+    tokens: bool = False,
+    hidden_size: int = 0,
 ) -> TraceHeader:
     """Describe a model and what is recorded of it.
 
@@ -18,33 +23,36 @@ def trace_header(
     ----------
     catalog : Catalog
         The model.
-    pool : WindowPool
-        Its memory, which knows what a load costs.
-    options : OffloadOptions
-        What is to be recorded.
     engine : str
         Who runs it.
+    pool : WindowPool, optional
+        Its memory, which knows what a load costs; without one an expert is what it is on storage, read at once.
+    weights, tokens : bool
+        Whether gate weights and token ids are recorded.
     hidden_size : int
-        Width of the routers' inputs.
+        Width of the routers' inputs where they are recorded.
     """
+    layers = []
+    for layer in catalog.layers:
+        number = layer.layer
+        layers.append(
+            TraceLayer(
+                layer=number,
+                experts=layer.experts,
+                top_k=layer.top_k,
+                slot_bytes=pool.slot_bytes(number) if pool else layer.expert_bytes,
+                read_bytes=pool.read_bytes(number) if pool else (layer.expert_bytes,),
+                stages=pool.stages(number) if pool else len(layer.parts),
+            )
+        )
     return TraceHeader(
         fingerprint=catalog.fingerprint,
         architecture=catalog.architecture,
         model=catalog.path.name,
         engine=engine,
-        layers=tuple(
-            TraceLayer(
-                layer=layer.layer,
-                experts=layer.experts,
-                top_k=layer.top_k,
-                slot_bytes=pool.slot_bytes(layer.layer),
-                read_bytes=pool.read_bytes(layer.layer),
-                stages=pool.stages(layer.layer),
-            )
-            for layer in catalog.layers
-        ),
-        weights=True,
-        tokens=options.trace_tokens == "on",
-        hidden_size=hidden_size if options.trace_hidden else 0,
+        layers=tuple(layers),
+        weights=weights,
+        tokens=tokens,
+        hidden_size=hidden_size,
         routers=routers_digest(read_routers(catalog), tuple(catalog.by_layer)),
     )
