@@ -74,6 +74,10 @@ class OffloadOptions:
     )
     config: str | None = _option(None, "JSON file with options, as `expertier plan --apply` writes it.")
 
+    def changed(self) -> dict[str, Any]:
+        """Options that are not at their defaults."""
+        return {item.name: value for item in fields(self) if (value := getattr(self, item.name)) != item.default}
+
     @property
     def plain_policy(self) -> str:
         """The eviction policy of a run that no predictor tells anything."""

@@ -121,6 +121,8 @@ def test_with_recorded_routes_a_plan_tells_what_every_budget_gives_and_writes_it
     trace, config, out = tmp_path / "trace", tmp_path / "options.json", tmp_path / "out"
     invoke_json("profile", model, "--text", text, "--out", trace, "--tokens", 200, "--threads", 1, "--budget", "75%")
     common = ("plan", model, "--routes", trace, "--budget", "50%", "--no-disk", "--threads", 1, "--out", out)
+    recorded = invoke_json(*common)["profile"]["trade_off"]["chosen"]
+    assert recorded["tokens_per_second"] > 0  # with the speeds that were met while recording
     data = invoke_json(*common, "--calibrate", "--apply", config)
     found = data["profile"]["trade_off"]
     assert found["chosen"]["budget_bytes"] <= data["plan"]["total_bytes"]

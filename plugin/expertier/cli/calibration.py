@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import tempfile
 import time
@@ -88,13 +87,7 @@ def calibrate_engine(
     speed = fit_speed(
         samples, total_bytes=total, engine=engine, fingerprint=catalog.fingerprint, threads=settings.threads
     )
-    usual = OffloadOptions()
-    given = {
-        option.name: getattr(options, option.name)
-        for option in dataclasses.fields(OffloadOptions)
-        if option.name not in ("budget", "config", "profile")
-        and getattr(options, option.name) != getattr(usual, option.name)
-    }
+    given = {name: value for name, value in options.changed().items() if name not in ("budget", "config", "profile")}
     return replace(speed, options=given)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -165,7 +165,7 @@ def _speed(request: PlanRequest, catalog: Catalog, routes: Path) -> EngineSpeed 
             return speed
     if routes.suffix == ".json":
         return None
-    timing = recorded_timing(read_trace(routes).notes, latency=USUAL_LATENCY)
+    timing = recorded_timing(read_trace(routes, least_tokens=1).notes, latency=USUAL_LATENCY)
     if timing is None:
         return None
     expert = catalog.total_expert_bytes / catalog.expert_count
@@ -181,12 +181,8 @@ def _speed(request: PlanRequest, catalog: Catalog, routes: Path) -> EngineSpeed 
 
 def _apply(path: Path, catalog: Catalog, result: Plan, found: TradeOff | None, options: OffloadOptions) -> None:
     """Write what was planned, and whatever else was asked for, as a file of options."""
-    usual = OffloadOptions()
-    chosen = {
-        option.name: getattr(options, option.name)
-        for option in fields(OffloadOptions)
-        if option.name != "config" and getattr(options, option.name) != getattr(usual, option.name)
-    }
+    chosen = options.changed()
+    chosen.pop("config", None)
     expected: dict[str, object] = {}
     # Budget auto is left to the engine: it alone knows what is left when everything else has its memory.
     if parse_budget(options.budget, catalog.total_expert_bytes) is not None:

@@ -22,7 +22,7 @@ from expertier.cli.engines import EngineSettings, get_adapter
 from expertier.cli.options import print_json
 from expertier.cli.profile_checkpoint import ENGINE as CHECKPOINT
 from expertier.cli.profile_checkpoint import read_checkpoint
-from expertier.comparison.prompts import Text, read_texts
+from expertier.comparison.prompts import Text, interleaved, read_texts
 from expertier.config import OffloadOptions
 from expertier.errors import ExpertierError, UnsupportedEngineError, UnsupportedOptionError
 from expertier.paths import cache_dir
@@ -106,14 +106,7 @@ def profile(request: ProfileRequest) -> None:
     """Feed texts token by token and record the routes."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     adapter = None if request.engine == CHECKPOINT else get_adapter(request.engine)
-    if not request.texts:
-        raise UnsupportedOptionError(
-            "There is no text to profile with.", "Name files with --text, of the kind the model will see."
-        )
-    texts = _interleave([text for path in request.texts for text in read_texts(path) if text.text.strip()])
-    if not texts:
-        names = ", ".join(path.name for path in request.texts)
-        raise UnsupportedOptionError(f"There is no text in {names}.", "Name files with some pages of text.")
+    texts = interleaved(given_texts(request.texts, "to profile with"))
     catalog = read_catalog(request.model)
     given = Path(request.options.trace) if request.options.trace else None
     out = request.out or given or trace_path(catalog)
@@ -209,14 +202,23 @@ def read_all(
         raise ExpertierError("No text has even two tokens.", "Name files with some pages of text.")
 
 
-def _interleave(texts: list[Text]) -> list[Text]:
-    """One text of every domain first, then the second ones: a short profile has all kinds, too."""
-    seen: dict[str, int] = {}
-    ranked = []
-    for text in texts:
-        ranked.append((seen.setdefault(text.domain, 0), text))
-        seen[text.domain] += 1
-    return [text for _, text in sorted(ranked, key=lambda pair: pair[0])]
+def given_texts(paths: Sequence[Path], purpose: str) -> list[Text]:
+    """Read the texts that were named.
+
+    Raises
+    ------
+    UnsupportedOptionError
+        None were, or there is nothing in them.
+    """
+    if not paths:
+        raise UnsupportedOptionError(
+            f"There is no text {purpose}.", "Name files with --text, of the kind the model will see."
+        )
+    texts = [text for path in paths for text in read_texts(path) if text.text.strip()]
+    if not texts:
+        names = ", ".join(path.name for path in paths)
+        raise UnsupportedOptionError(f"There is no text in {names}.", "Name files with some pages of text.")
+    return texts
 
 
 def trace_path(catalog: Catalog) -> Path:

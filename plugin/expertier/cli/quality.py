@@ -24,7 +24,7 @@ from expertier.catalog import read_catalog
 from expertier.catalog.types import Catalog
 from expertier.cli.engines import Adapter, EngineSettings, get_adapter
 from expertier.cli.options import print_json
-from expertier.comparison.prompts import Text, read_texts
+from expertier.cli.profile import given_texts
 from expertier.config import OffloadOptions
 from expertier.errors import BudgetError, QualityProfileError, UnsupportedEngineError, UnsupportedOptionError
 from expertier.quality.calibration import Adjustable, Calibration, CalibrationPlan, calibrate, check_texts, point_of
@@ -58,7 +58,7 @@ def profile_quality(request: QualityRequest) -> None:
     """Measure and write a quality profile."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     adapter = get_adapter(request.engine)
-    texts = _read(request)
+    texts = given_texts(request.texts, "to measure quality on")
     catalog = read_catalog(request.model)
     given = ("quality_budget", "virtual_bias", "virtual_protect")
     if any(getattr(request.options, name) is not None for name in given) or request.options.virtual_hard == "on":
@@ -88,18 +88,6 @@ def profile_quality(request: QualityRequest) -> None:
                     hard = _measure_hard(adapter, request, budgets, plan, reference, advance, tell)
                     profile = _write(_profile(request, adapter, catalog, chosen, measured, hard), path, catalog)
     _report(request, profile, path)
-
-
-def _read(request: QualityRequest) -> list[Text]:
-    if not request.texts:
-        raise UnsupportedOptionError(
-            "There is no text to measure quality on.", "Name files with --text, of the kind the model will see."
-        )
-    texts = [text for path in request.texts for text in read_texts(path) if text.text.strip()]
-    if not texts:
-        names = ", ".join(path.name for path in request.texts)
-        raise UnsupportedOptionError(f"There is no text in {names}.", "Name files with some pages of text.")
-    return texts
 
 
 def _budgets(request: QualityRequest, catalog: Catalog) -> list[int]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from rich.table import Table
 from expertier.catalog import read_catalog
 from expertier.catalog.routers import read_embedding, read_norms, read_routers, routers_digest
 from expertier.cli.folder import prepare_folder
-from expertier.cli.options import print_json
+from expertier.cli.options import print_json, write_json
 from expertier.cli.train_figure import draw_scores
 from expertier.errors import TraceMismatchError, UnsupportedEngineError, UnsupportedOptionError
 from expertier.routing import read_trace
@@ -91,14 +90,11 @@ def train_command(request: TrainRequest) -> None:
         if request.report:
             texts = [(KEPT_BACK, kept_back), *tests]
             scores = report(trained, texts, most_tokens=request.report_tokens, lookahead=lookahead, progress=tell)
-    # A layer without a horizon has NaN, which JSON does not know.
-    plain = json.loads(json.dumps([asdict(item) for item in scores]), parse_constant=lambda _: None)
     if scores:
-        record = {"model": asdict(trained.model), "facts": trained.facts, "scores": plain}
-        (request.out / REPORT).write_text(json.dumps(record, indent=1))
+        write_json(request.out / REPORT, {"model": trained.model, "facts": trained.facts, "scores": scores})
         draw_scores(scores, request.out / FIGURE)
     if request.as_json:
-        print_json({"out": str(request.out), "predictors": trained.names, "facts": trained.facts, "scores": plain})
+        print_json({"out": str(request.out), "predictors": trained.names, "facts": trained.facts, "scores": scores})
         return
     _print(request, trained, scores)
 

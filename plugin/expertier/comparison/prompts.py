@@ -87,15 +87,19 @@ def load_texts(given: Sequence[Path], model: Path, *, decode: int, characters: i
     joined = [text for domain, parts in by_domain.items() for text in _long_enough(domain, parts, characters)]
     if not joined:
         raise ExpertierError(f"There is no text in {source}.", "Name files with some pages of text.")
-    # One text of every domain first, then the second ones.
-    seen: dict[str, int] = {}
-    order = []
-    for text in joined:
-        order.append((seen.setdefault(text.domain, 0), text))
-        seen[text.domain] += 1
-    ranked = [text for _, text in sorted(order, key=lambda pair: pair[0])]
+    ranked = interleaved(joined)
     chosen = tuple(ranked[index % len(ranked)] for index in range(decode + 1))
     return Texts(source=source, decode=chosen[:decode], long=chosen[decode])
+
+
+def interleaved(texts: Sequence[Text]) -> list[Text]:
+    """One text of every domain first, then the second ones: whoever stops early has seen all kinds."""
+    seen: dict[str, int] = {}
+    ranked = []
+    for text in texts:
+        ranked.append((seen.setdefault(text.domain, 0), text))
+        seen[text.domain] += 1
+    return [text for _, text in sorted(ranked, key=lambda pair: pair[0])]
 
 
 def read_texts(path: Path) -> list[Text]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from expertier.comparison.records import ArmRecord, Figures, QualityFigures, Run
 from expertier.errors import ExpertierError
 from expertier.quality.budget import parse_quality_budget
-from expertier.quality.evaluation import log_softmax
+from expertier.quality.evaluation import compare
 from expertier.quality.statistics import bootstrap
 
 _JOB = "logits"
@@ -127,11 +127,8 @@ def judge(lossy: Path, exact: Path, figures: Figures) -> QualityFigures:
     texts = ours[:, 0].astype(np.int64)
     nll, exact_nll, kl, agreed = np.zeros((4, len(ours)))
     for position, (here, there) in enumerate(zip(ours, theirs, strict=True)):
-        following = int(here[1])
-        mine, reference = log_softmax(here[_COLUMNS:]), log_softmax(there[_COLUMNS:])
-        nll[position], exact_nll[position] = -mine[following], -reference[following]
-        kl[position] = np.exp(reference) @ (reference - mine)
-        agreed[position] = mine.argmax() == reference.argmax()
+        found = compare(here[_COLUMNS:], there[_COLUMNS:], int(here[1]))
+        nll[position], exact_nll[position], kl[position], agreed[position] = found
     gained = np.asarray(np.bincount(texts, nll - exact_nll), np.float64)
     counts = np.asarray(np.bincount(texts), np.float64)
     present = counts > 0

@@ -12,12 +12,12 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from expertier.comparison.prompts import Text
+from expertier.comparison.prompts import Text, interleaved
 from expertier.errors import ExpertierError
 from expertier.quality.statistics import Interval, bootstrap
 from expertier.telemetry import Stats
@@ -60,13 +60,8 @@ def samples(session: TeacherForced, texts: Sequence[Text], *, count: int, tokens
     ExpertierError
         No text has two tokens.
     """
-    seen: dict[str, int] = {}
-    ranked = []
-    for text in texts:
-        ranked.append((seen.setdefault(text.domain, 0), text))
-        seen[text.domain] += 1
     found: list[Sample] = []
-    for _, text in sorted(ranked, key=lambda pair: pair[0]):
+    for text in interleaved(texts):
         ids = session.tokenize(text.text[: tokens * _CHARACTERS_PER_TOKEN])[:tokens]
         if len(ids) >= 2:
             found.append(Sample(domain=text.domain, tokens=tuple(ids)))
@@ -249,12 +244,11 @@ def evaluate(
         stats, substituted = session.stats(), session.substituted().copy()
         for position, token in enumerate(text.tokens[:-1]):
             session.read([token], fresh=position == 0)
-            here, exact = log_softmax(session.logits()), log_softmax(reference.row(row))
-            following = text.tokens[position + 1]
-            nll -= here[following]
-            exact_nll -= exact[following]
-            divergence += float(np.exp(exact) @ (exact - here))
-            agreed += int(here.argmax() == exact.argmax())
+            found = compare(session.logits(), reference.row(row), text.tokens[position + 1])
+            nll += found.nll
+            exact_nll += found.exact_nll
+            divergence += found.kl
+            agreed += found.agreed
             row += 1
             advance(1)
         after = session.stats()
@@ -272,6 +266,26 @@ def evaluate(
             )
         )
     return Evaluation(texts=tuple(figures))
+
+
+class Compared(NamedTuple):
+    """One position of a lossy run beside the exact one: nats, and whether the likeliest token is the same."""
+
+    nll: float
+    exact_nll: float
+    kl: float
+    agreed: bool
+
+
+def compare(logits: NDArray[np.float32], exact: NDArray[np.float32], following: int) -> Compared:
+    """Compare two predictions of the token `following`, both of shape ``(vocabulary,)``."""
+    here, there = log_softmax(logits), log_softmax(exact)
+    return Compared(
+        nll=float(-here[following]),
+        exact_nll=float(-there[following]),
+        kl=float(np.exp(there) @ (there - here)),
+        agreed=bool(here.argmax() == there.argmax()),
+    )
 
 
 def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
