@@ -11,7 +11,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import llama_cpp
@@ -26,7 +26,7 @@ from expertier.errors import BudgetError, ExpertierError, ManagerClosedError, Mo
 from expertier.manager import ManagerConfig, OffloadManager
 from expertier.planning.governor import GovernorSettings, PressureGovernor
 from expertier.planning.memory import memory_left, process_memory
-from expertier.quality.serving import QualityKeeper, read_quality_budget
+from expertier.quality.serving import QualityKeeper, read_quality_budget, words_of_losses
 from expertier.residency.windows import WindowPool
 from expertier.routing import AheadLoader, GainGate, Lookahead, ProfileKeeper, TraceRecorder
 from expertier.routing.opening import gate_mode, open_predictor, policy_for
@@ -264,13 +264,13 @@ class Llama(ExactRequests, llama_cpp.Llama):
             return None
         manager, automatic = self.offload, self._governor
         limit = memory_left().limit
-        usual = GovernorSettings.usual(
-            smallest=smallest, largest=manager.budget if automatic is None else largest, limit=limit
-        )
-        # Budget "auto" leaves its margin and no more: wanting more than that free would be pressure without end.
-        settings = usual if automatic is None else replace(usual, reserve=min(usual.reserve, _margin(options) // 2))
         pressure = PressureGovernor(
-            settings,
+            GovernorSettings.usual(
+                smallest=smallest,
+                largest=manager.budget if automatic is None else largest,
+                limit=limit,
+                margin=None if automatic is None else _margin(options),
+            ),
             resize=manager.resize if automatic is None else automatic.cap,
             held=lambda: manager.stats().resident_bytes,
         )
@@ -351,13 +351,8 @@ class Llama(ExactRequests, llama_cpp.Llama):
             f"{format_bytes(self.catalog.largest_expert_bytes)}, budget {format_bytes(stats.budget_bytes)} of "
             f"{format_bytes(stats.total_bytes)} ({100 * stats.budget_bytes / stats.total_bytes:.0f} %), "
             f"policy {self.offload.config.policy}, prediction by {self._ahead.words()}, {self._kernels.words}, "
-            f"{self._quality_words()}"
+            f"{words_of_losses(self.virtual, self.quality)}"
         )
-
-    def _quality_words(self) -> str:
-        if self.virtual is None:
-            return "lossless"
-        return self.virtual.words() if self.quality is None else self.quality.words(self.virtual)
 
     def __getstate__(self) -> dict[str, Any]:
         stock: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]

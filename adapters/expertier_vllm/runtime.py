@@ -34,7 +34,7 @@ from expertier.errors import (
 from expertier.manager import Lease, ManagerConfig, OffloadManager, Phase
 from expertier.planning.governor import GovernorSettings, PressureGovernor
 from expertier.planning.memory import MemoryLimit, memory_left
-from expertier.quality.serving import read_quality_budget
+from expertier.quality.serving import read_quality_budget, words_of_losses
 from expertier.residency.windows import WindowPool
 from expertier.routing import AheadLoader, GainGate, Lookahead, ProfileKeeper, RoutePredictor, Span, TraceRecorder
 from expertier.routing.opening import gate_mode, open_predictor, policy_for
@@ -448,18 +448,19 @@ class Runtime:
         """Start the governor where it was asked for."""
         if self.options.offload.governor == "off":
             return
-        usual = GovernorSettings.usual(smallest=self._smallest, largest=self.manager.budget, limit=limit.limit)
-        # Budget "auto" leaves its margin and no more: wanting more than that free would be pressure without end.
-        reserve = min(usual.reserve, self._margin(limit.left) // 2) if self.automatic else usual.reserve
+        settings = GovernorSettings.usual(
+            smallest=self._smallest,
+            largest=self.manager.budget,
+            limit=limit.limit,
+            margin=self._margin(limit.left) if self.automatic else None,
+        )
         manager, stepping = self.manager, self.stepping
 
         def between_steps(budget: int) -> None:
             with stepping:
                 manager.resize(budget)
 
-        self._pressure = PressureGovernor(
-            replace(usual, reserve=reserve), resize=between_steps, held=lambda: manager.stats().resident_bytes
-        )
+        self._pressure = PressureGovernor(settings, resize=between_steps, held=lambda: manager.stats().resident_bytes)
         self._pressure.start()
         weakref.finalize(self, self._pressure.close)
 
@@ -502,7 +503,7 @@ class Runtime:
             f"{format_bytes(stats.total_bytes)} ({100 * stats.budget_bytes / stats.total_bytes:.0f} %), "
             f"policy {self.manager.config.policy}, prediction by {self._ahead.words() if self._ahead else 'nothing'}, "
             f"sidecar {self._pack.path}, "
-            f"{self._losses()}"
+            f"{words_of_losses(self.virtual, self._quality)}"
         )
 
     def note(self, values: Mapping[str, Any]) -> None:
@@ -515,11 +516,6 @@ class Runtime:
         recording, self._recording = self._recording, None
         if recording is not None:
             recording.recorder.close()
-
-    def _losses(self) -> str:
-        if self.virtual is None:
-            return "lossless"
-        return self.virtual.words() if self._quality is None else self._quality.words(self.virtual)
 
     def close(self) -> None:
         """Stop I/O and give all memory back; no layer may compute any more."""

@@ -131,3 +131,10 @@ def test_without_stall_information_there_is_none(tmp_path: Path) -> None:
     found = read_pressure(tmp_path, "")
     assert (found.some, found.full) == (None, None)
     assert found.limit.source == "machine"
+
+
+def test_under_budget_auto_no_more_is_kept_free_than_half_of_its_margin() -> None:
+    bounds = {"smallest": 1, "largest": 2, "limit": 8 << 30}
+    assert GovernorSettings.usual(**bounds).reserve == (8 << 30) // 100
+    assert GovernorSettings.usual(**bounds, margin=20 << 20).reserve == 10 << 20
+    assert GovernorSettings.usual(**bounds, margin=1 << 30).reserve == (8 << 30) // 100

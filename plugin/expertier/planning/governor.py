@@ -48,9 +48,20 @@ class GovernorSettings:
     calm_seconds: float = 5.0
 
     @classmethod
-    def usual(cls, *, smallest: int, largest: int, limit: int) -> GovernorSettings:
-        """Keep the larger of 32 MiB and one percent of the limit free."""
-        return cls(smallest=smallest, largest=largest, reserve=max(32 << 20, limit // 100))
+    def usual(cls, *, smallest: int, largest: int, limit: int, margin: int | None = None) -> GovernorSettings:
+        """Keep the larger of 32 MiB and one percent of the limit free.
+
+        Parameters
+        ----------
+        smallest, largest : int
+            Bounds of the budget.
+        limit : int
+            The tightest memory limit.
+        margin : int, optional
+            What budget "auto" leaves free. Wanting more than half of it would be pressure without end.
+        """
+        reserve = max(32 << 20, limit // 100)
+        return cls(smallest=smallest, largest=largest, reserve=reserve if margin is None else min(reserve, margin // 2))
 
 
 @dataclass(frozen=True, kw_only=True)

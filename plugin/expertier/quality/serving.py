@@ -127,6 +127,13 @@ def describe_losses(virtual: VirtualExperts | None, keeper: QualityKeeper | None
     return {name: {**stats, "bias": None if virtual.hard else stats["bias"]} for name, stats in found.items()}
 
 
+def words_of_losses(virtual: VirtualExperts | None, keeper: QualityKeeper | None) -> str:
+    """What the mode line says of losses, or that there are none."""
+    if virtual is None:
+        return "lossless"
+    return virtual.words() if keeper is None else keeper.words(virtual)
+
+
 def read_quality_budget(options: OffloadOptions, catalog: Catalog) -> tuple[OffloadOptions, QualityKeeper | None]:
     """Turn the option ``quality_budget`` into those of virtual experts, before anything is loaded.
 
