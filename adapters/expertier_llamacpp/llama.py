@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import functools
 import logging
 import math
 import os
@@ -15,10 +16,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import llama_cpp
-import numpy as np
 
 from expertier.budget import format_bytes, parse_budget
-from expertier.catalog.gguf import build_catalog, read_layout, read_tensor
+from expertier.catalog.gguf import build_catalog, read_layout
+from expertier.catalog.routers import Weights, read_norms, read_routers
 from expertier.catalog.sidecar import sidecar_directories
 from expertier.catalog.types import Catalog
 from expertier.config import OffloadOptions
@@ -157,8 +158,9 @@ class Llama(ExactRequests, llama_cpp.Llama):
         largest = sum(layer.experts * pool.slot_bytes(layer.layer) for layer in catalog.layers)
         asked = parse_budget(options.budget, largest)
         directories = sidecar_directories(catalog.path.parent, options.sidecar_dir)
+        routers = functools.cache(lambda: read_routers(catalog, layouts))
         try:
-            predictor = open_predictor(options.predictor, catalog, directories)
+            predictor = open_predictor(options.predictor, catalog, directories, routers)
             manager = OffloadManager(
                 experts={layer.layer: layer.experts for layer in catalog.layers},
                 top_k={layer.layer: layer.top_k for layer in catalog.layers},
@@ -189,6 +191,7 @@ class Llama(ExactRequests, llama_cpp.Llama):
                 weights=True,
                 tokens=options.trace_tokens == "on",
                 hidden_size=width if options.trace_hidden else 0,
+                routers=routers(),
             )
             self.recorder = TraceRecorder(options.trace, header)
             self._closing.append(self.recorder.close)
@@ -200,7 +203,7 @@ class Llama(ExactRequests, llama_cpp.Llama):
             ahead = AheadLoader(
                 manager=manager,
                 experts=experts,
-                lookahead=_make_lookahead(catalog, layouts) if options.lookahead != "off" else None,
+                lookahead=_make_lookahead(catalog, routers(), layouts) if options.lookahead != "off" else None,
                 gate=GainGate(gate_mode(options.lookahead, predictor)),
                 predictor=predictor,
                 listener=manager.forecast if manager.config.policy == "predictive" else None,
@@ -441,17 +444,9 @@ def _refuse_groups(metadata: Mapping[str, Any], architecture: str) -> None:
         )
 
 
-def _make_lookahead(catalog: Catalog, layouts: Any) -> Lookahead | None:
-    """Router weights and norms for the lookahead, or ``None`` where a model does not have them in the usual place."""
-    names = {tensor.name for layout in layouts for tensor in layout.tensors}
-    gates, norms = {}, {}
-    for layer in catalog.layers:
-        gate = f"blk.{layer.layer}.ffn_gate_inp.weight"
-        if gate not in names:
-            return None
-        gates[layer.layer] = read_tensor(layouts, gate)
-        for norm in ("ffn_norm", "post_attention_norm"):
-            if f"blk.{layer.layer}.{norm}.weight" in names:
-                norms[layer.layer] = np.asarray(read_tensor(layouts, f"blk.{layer.layer}.{norm}.weight"))
-                break
-    return Lookahead(gates=gates, norms=norms, top_k={layer.layer: layer.top_k for layer in catalog.layers})
+def _make_lookahead(catalog: Catalog, routers: Mapping[int, Weights], layouts: Any) -> Lookahead | None:
+    """The lookahead, or ``None`` where a model does not have its routers in the usual place."""
+    if routers.keys() != catalog.by_layer.keys():
+        return None
+    top_k = {layer.layer: layer.top_k for layer in catalog.layers}
+    return Lookahead(gates=routers, norms=read_norms(catalog, layouts), top_k=top_k)

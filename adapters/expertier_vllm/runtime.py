@@ -149,6 +149,7 @@ class Runtime:
         self._waiting: set[str] = set()
         self._layout = read_layout(facts.checkpoint)
         self._catalog = build_catalog(self._layout)
+        self._routers = functools.cache(functools.partial(read_routers, self._catalog))
         offload, self._quality = read_quality_budget(options.offload, self._catalog)
         self.options = replace(options, offload=offload)
         self.files = CheckpointFiles(self._layout, self._catalog)
@@ -292,6 +293,7 @@ class Runtime:
                 weights=True,
                 tokens=offload.trace_tokens == "on",
                 hidden_size=int(self._stages[0].module.hidden_size) if offload.trace_hidden else 0,
+                routers=self._routers(),
             )
             recorder = TraceRecorder(offload.trace, header)
             weakref.finalize(self, recorder.close)
@@ -315,7 +317,7 @@ class Runtime:
     def _open_predictor(self) -> RoutePredictor | None:
         asked = self.options.offload.predictor
         if self._sees_all_layers:
-            return open_predictor(asked, self._catalog, self._directories())
+            return open_predictor(asked, self._catalog, self._directories(), self._routers)
         if asked not in ("auto", "off"):
             raise UnsupportedOptionError(
                 "A predictor of routes needs all layers in one worker.", "Use tensor instead of pipeline parallelism."
@@ -346,6 +348,7 @@ class Runtime:
             definite = self._asked is not None
             self._quality.attach(self.virtual, lambda: self.manager.budget, self._largest, definite=definite)
         lookahead = self._make_lookahead(norms) if offload.lookahead != "off" else None
+        self._routers.cache_clear()
         self._ahead = AheadLoader(
             manager=self.manager,
             experts={stage.layer: stage.experts for stage in self._stages},
@@ -359,7 +362,7 @@ class Runtime:
     def _make_lookahead(self, norms: Mapping[int, NDArray[np.float32]]) -> Lookahead | None:
         """The lookahead of this worker's layers, or ``None`` where the checkpoint has a router in no usual place."""
         top_k = {stage.layer: stage.top_k for stage in self._stages}
-        gates = {layer: gate for layer, gate in read_routers(self._catalog).items() if layer in top_k}
+        gates = {layer: gate for layer, gate in self._routers().items() if layer in top_k}
         if gates.keys() != top_k.keys():
             return None
         width = next(iter(gates.values())).shape[1]

@@ -37,9 +37,7 @@ def plain_rows(tiny_model: TinyModel) -> list[bytes]:
 @contextmanager
 def predicted(path: Path, make: Make, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Iterator[Llama]:
     """Load with a predictor that is always listened to."""
-    monkeypatch.setattr(
-        llama, "open_predictor", lambda option, catalog, directories: make(RoutedModel.of_catalog(catalog))
-    )
+    monkeypatch.setattr(llama, "open_predictor", lambda option, catalog, *rest: make(RoutedModel.of_catalog(catalog)))
     with closing(expertier(path, **{"budget": sizes(path).layer, "expert_lookahead": "on", **changes})) as llm:
         yield llm
 

@@ -79,7 +79,7 @@ def test_with_a_predictor_the_policy_evicts_in_the_simulator_what_it_evicts_in_t
     monkeypatch.setattr(
         llama_module,
         "open_predictor",
-        lambda option, catalog, places: HashPredictor.of(RoutedModel.of_catalog(catalog)),
+        lambda option, catalog, *rest: HashPredictor.of(RoutedModel.of_catalog(catalog)),
     )
     monkeypatch.setattr(llama_module, "gate_mode", lambda lookahead, predictor: "off")
     path = tmp_path / "trace"

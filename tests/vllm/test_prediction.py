@@ -45,7 +45,7 @@ def all_answers(model: str, folder: str) -> dict[str, Any]:
         outcome: dict[str, Any] = {"stock": answers(llm)}
     made = []
 
-    def wrong(option: str, catalog: Any, directories: Any) -> WrongPredictor:
+    def wrong(option: str, catalog: Any, *rest: Any) -> WrongPredictor:
         made.append(WrongPredictor(RoutedModel.of_catalog(catalog)))
         return made[0]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 import numpy as np
@@ -23,28 +23,30 @@ _NORM: Final = re.compile(r"\blayers\.(\d+)\.post_attention_layernorm\.weight$")
 _EMBEDDING: Final = re.compile(r"\b(?:embed_tokens|word_embeddings|wte)\.weight$")
 
 
-def read_routers(catalog: Catalog) -> dict[int, Weights]:
+def read_routers(catalog: Catalog, layouts: Sequence[gguf.GgufLayout] | None = None) -> dict[int, Weights]:
     """Read the router weights of every layer.
 
     Parameters
     ----------
     catalog : Catalog
         The model.
+    layouts : sequence of GgufLayout, optional
+        Of a GGUF model, if its headers were read already.
 
     Returns
     -------
     dict of int to ndarray of float32, shape (experts, hidden)
-        By layer; layers whose router has an unusual name or type are missing.
+        By layer; layers whose router has an unusual name are missing, and those of a checkpoint with an unusual type.
+
+    Raises
+    ------
+    ModelFormatError
+        A GGUF router has a type that cannot be decoded.
     """
+    if catalog.format == "gguf":
+        return _gguf_by_layer(catalog, layouts, ("ffn_gate_inp",))
     experts = {layer.layer: layer.experts for layer in catalog.layers}
     found: dict[int, Weights] = {}
-    if catalog.format == "gguf":
-        layouts = gguf.read_layout(catalog.path)
-        names = {tensor.name for layout in layouts for tensor in layout.tensors}
-        for layer in experts:
-            if (name := f"blk.{layer}.ffn_gate_inp.weight") in names:
-                found[layer] = gguf.read_tensor(layouts, name)
-        return found
     for tensor in _checkpoint_tensors(catalog):
         match = _ROUTER.search(tensor.name)
         if match and tensor.dtype in _DECODERS and tensor.shape[:1] == (experts.get(int(match[1])),):
@@ -52,19 +54,12 @@ def read_routers(catalog: Catalog) -> dict[int, Weights]:
     return found
 
 
-def read_norms(catalog: Catalog) -> dict[int, Weights]:
-    """Read the weights of the norm before each router, by layer, shape ``(hidden,)``; unusual ones are missing."""
+def read_norms(catalog: Catalog, layouts: Sequence[gguf.GgufLayout] | None = None) -> dict[int, Weights]:
+    """Read the weights of the norm before each router, by layer, shape ``(hidden,)``; as :func:`read_routers`."""
+    if catalog.format == "gguf":
+        return _gguf_by_layer(catalog, layouts, ("ffn_norm", "post_attention_norm"))
     layers = {layer.layer for layer in catalog.layers}
     found: dict[int, Weights] = {}
-    if catalog.format == "gguf":
-        layouts = gguf.read_layout(catalog.path)
-        names = {tensor.name for layout in layouts for tensor in layout.tensors}
-        for layer in layers:
-            for norm in ("ffn_norm", "post_attention_norm"):
-                if (name := f"blk.{layer}.{norm}.weight") in names:
-                    found[layer] = gguf.read_tensor(layouts, name)
-                    break
-        return found
     for tensor in _checkpoint_tensors(catalog):
         match = _NORM.search(tensor.name)
         if match and tensor.dtype in _DECODERS and len(tensor.shape) == 1 and int(match[1]) in layers:
@@ -107,6 +102,21 @@ def routers_digest(routers: Mapping[int, Weights], layers: tuple[int, ...]) -> s
         digest.update(f"{layer}:{rounded.shape}".encode())
         digest.update(rounded.tobytes())
     return digest.hexdigest()
+
+
+def _gguf_by_layer(
+    catalog: Catalog, layouts: Sequence[gguf.GgufLayout] | None, names: Sequence[str]
+) -> dict[int, Weights]:
+    """The first tensor of these names that a layer has, for every layer that has one."""
+    layouts = gguf.read_layout(catalog.path) if layouts is None else layouts
+    present = {tensor.name for layout in layouts for tensor in layout.tensors}
+    found: dict[int, Weights] = {}
+    for layer in catalog.by_layer:
+        for name in names:
+            if (whole := f"blk.{layer}.{name}.weight") in present:
+                found[layer] = gguf.read_tensor(layouts, whole)
+                break
+    return found
 
 
 def _checkpoint_tensors(catalog: Catalog) -> list[StoredTensor]:

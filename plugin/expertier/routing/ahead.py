@@ -8,6 +8,7 @@ next layer's gate on this layer's input says what is likely there.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -212,6 +213,7 @@ class AheadLoader:
             return
         if not self.gate.open:
             return
+        gate_input = functools.cache(gate_input)
         if self._predicted and self._follower is not None:
             self._path.top_up(lambda: self._refined(layer, gate_input), self._position[layer] + 1, len(routes))
         if self._lookahead is not None:  # the next layer's own gate knows some that the path does not

@@ -15,7 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from expertier.routing.history import History, Scorer
-from expertier.routing.predictor import HORIZONS, Chances, Forecast, RoutedModel, Scores
+from expertier.routing.path import sigmoid
+from expertier.routing.predictor import Chances, Forecast, RoutedModel, Scores
+from expertier.routing.table import frequency_forecast
 
 Array = NDArray[np.float32]
 
@@ -95,10 +97,7 @@ class BlendScorer:
         self._frequency = logit(frequency)
         self._weights = weights
         self.listens = bool(weights.now[1, :, :, INPUTS.index("lookahead")].any())  # fitted with the routers' inputs
-        steady = [frequency for _ in HORIZONS]
-        for place, horizon in enumerate(HORIZONS):
-            steady[place] = logit(1.0 - (1.0 - frequency) ** horizon)
-        self._steady = np.stack(steady)
+        self._steady = logit(frequency_forecast(frequency).soon)
 
     def remember(self) -> _Memory:
         return _Memory(parts={name: part.remember() for name, part in self._parts.items()})
@@ -145,11 +144,7 @@ class BlendScorer:
 
     @staticmethod
     def _chances(odds: Array, exists: NDArray[np.bool_]) -> Chances:
-        half: Chances = np.tanh(0.5 * odds)
-        half += 1.0
-        half *= 0.5
-        half *= exists
-        return half
+        return sigmoid(odds) * exists
 
 
 def fit_logistic(inputs: NDArray[np.float64], used: NDArray[np.bool_], *, ridge: float = 1.0) -> NDArray[np.float64]:

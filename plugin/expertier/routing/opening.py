@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
-from expertier.catalog.routers import read_routers, routers_digest
+from expertier.catalog.routers import Weights, read_routers, routers_digest
 from expertier.catalog.types import Catalog
 from expertier.config import OffloadOptions
 from expertier.errors import PredictorError, PredictorMissingError
@@ -16,8 +16,14 @@ from expertier.routing.saved import MANIFEST, NAMES, load_predictor
 
 logger = logging.getLogger("expertier")
 
+Routers = Callable[[], Mapping[int, Weights]]
 
-def open_predictor(option: str, catalog: Catalog, directories: Sequence[Path]) -> RoutePredictor | None:
+_FOLDER: Final = "predictor-"
+
+
+def open_predictor(
+    option: str, catalog: Catalog, directories: Sequence[Path], routers: Routers | None = None
+) -> RoutePredictor | None:
     """Load the predictor that was asked for.
 
     Parameters
@@ -30,6 +36,8 @@ def open_predictor(option: str, catalog: Catalog, directories: Sequence[Path]) -
         The model.
     directories : sequence of Path
         Where sidecars of the model may lie.
+    routers : callable, optional
+        Gives the model's router weights, if somebody else needs them, too; called only if a predictor may be there.
 
     Raises
     ------
@@ -39,7 +47,10 @@ def open_predictor(option: str, catalog: Catalog, directories: Sequence[Path]) -
     """
     if option == "off":
         return None
-    model = RoutedModel.of_catalog(catalog, routers_digest(read_routers(catalog), tuple(catalog.by_layer)))
+    if option == "auto" and not any(any(place.glob(f"{_FOLDER}*/{MANIFEST}")) for place in directories):
+        return None
+    weights = read_routers(catalog) if routers is None else routers()
+    model = RoutedModel.of_catalog(catalog, routers_digest(weights, tuple(catalog.by_layer)))
     if option == "auto" or option in NAMES:
         name = NAMES[0] if option == "auto" else option
         for directory in directories:
@@ -66,7 +77,7 @@ def open_predictor(option: str, catalog: Catalog, directories: Sequence[Path]) -
 
 def predictor_folder(model: RoutedModel) -> str:
     """Name of the folder that holds a model's predictors, the same for all its conversions."""
-    return f"predictor-{(model.routers or model.fingerprint)[:12]}"
+    return f"{_FOLDER}{(model.routers or model.fingerprint)[:12]}"
 
 
 def policy_for(options: OffloadOptions, predictor: RoutePredictor | None, *, lossy: bool) -> str:

@@ -144,7 +144,7 @@ class PathScorer:
         logits[0] = heads[0]
         np.matmul(self._soon_mix, heads[1:], out=logits[1:])
         logits[1:] += self._soon_bias
-        chances = _sigmoid(logits)
+        chances = sigmoid(logits)
         chances *= self._exists
         shaped = chances.reshape(-1, *self._cells)
         return Forecast(now=shaped[0], soon=shaped[1:])
@@ -196,7 +196,7 @@ class PathScorer:
             before = np.concatenate([memory.before[place][None], normed[:-1]])
             gates = np.concatenate([normed, before], 1) @ mix.T + bias
             gate, value, outlet = np.split(gates, 3, axis=1)
-            gate = _sigmoid(gate)
+            gate = sigmoid(gate)
             keep, states = 1.0 - gate, gate * value
             state = memory.states[place]
             for row in range(len(states)):
@@ -214,7 +214,7 @@ class PathScorer:
             normed = _normed(x) * norm
             gates = mix @ np.concatenate([normed, memory.before[place]])
             gates += bias
-            gate = _sigmoid(gates[:width])
+            gate = sigmoid(gates[:width])
             state = memory.states[place]
             state += gate * (gates[width : 2 * width] - state)
             memory.before[place] = normed
@@ -266,7 +266,8 @@ def _normed(x: Array) -> Array:
     return normed
 
 
-def _sigmoid(x: Array) -> Array:
+def sigmoid(x: Array) -> Array:
+    """Return chances of log-odds."""
     # By tanh: exp overflows for large arguments and would warn.
     half: Array = np.tanh(0.5 * x)
     half += 1.0
@@ -275,4 +276,4 @@ def _sigmoid(x: Array) -> Array:
 
 
 def _silu(x: Array) -> Array:
-    return x * _sigmoid(x)
+    return x * sigmoid(x)

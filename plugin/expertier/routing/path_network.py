@@ -132,5 +132,5 @@ def decayed(routes: Tensor, decay: float) -> Tensor:
 
 
 def to_arrays(network: PathNetwork) -> dict[str, Any]:
-    """Return the weights as float32 arrays, by the names :class:`expertier.routing.path.PathPredictor` reads."""
+    """Return the weights as float32 arrays, by the names :class:`expertier.routing.path.PathScorer` reads."""
     return {name: tensor.detach().float().numpy() for name, tensor in network.state_dict().items()}

@@ -21,7 +21,9 @@ _TRUST = 2.0  # sightings at which a token counts as much as the frequencies
 _FAR_SHARE = 0.6  # of what is known of the next token that holds for those after it
 
 
-def start_from_counts(network: PathNetwork, learn: Windows, embedding: NDArray[np.float32] | None) -> None:
+def start_from_counts(
+    network: PathNetwork, learn: Windows, here: TokenCounts, embedding: NDArray[np.float32] | None
+) -> None:
     """Set embedding, heads and biases.
 
     Parameters
@@ -29,13 +31,15 @@ def start_from_counts(network: PathNetwork, learn: Windows, embedding: NDArray[n
     network : PathNetwork
         As it was made.
     learn : Windows
-        To count.
+        To count what comes one token later.
+    here : TokenCounts
+        What its tokens use.
     embedding : ndarray of float32, shape (vocabulary, hidden), or None
         The model's.
     """
     shape = network.shape
     cells = shape.layers * shape.experts
-    here, after = (count_tokens(learn, shape.vocabulary, later=later) for later in (0, 1))
+    after = count_tokens(learn, shape.vocabulary, later=1)
     frequent = np.argsort(-here.seen, kind="stable")[:_MOST_TOKENS]
     seen = torch.from_numpy(here.seen[frequent].astype(np.float32))
     now, near = _odds(here, frequent, cells), _odds(after, frequent, cells)

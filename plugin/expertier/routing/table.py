@@ -46,7 +46,7 @@ class LayerTable:
         Share of tokens that use each expert.
     linear : ndarray of float32, shape (layers, 2 * experts + 1, experts)
         What each expert of the layer before, of the one before that, and a constant add to the chances.
-    keyed : ndarray of float32, shape (layers, experts**2 * k, experts), or empty
+    keyed : ndarray of float32, shape (layers, experts**2, experts), or empty
         Of models that use one expert per token: counts by (layer before that, layer before).
     """
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from expertier.catalog.routers import read_routers, routers_digest
+from collections.abc import Mapping
+
+from expertier.catalog.routers import Weights, read_routers, routers_digest
 from expertier.catalog.types import Catalog
 from expertier.residency.windows import WindowPool
 from expertier.routing.trace_format import TraceHeader, TraceLayer
@@ -16,6 +18,7 @@ def trace_header(
     weights: bool = False,
     tokens: bool = False,
     hidden_size: int = 0,
+    routers: Mapping[int, Weights] | None = None,
 ) -> TraceHeader:
     """Describe a model and what is recorded of it.
 
@@ -31,6 +34,8 @@ def trace_header(
         Whether gate weights and token ids are recorded.
     hidden_size : int
         Width of the routers' inputs where they are recorded.
+    routers : mapping of int to ndarray of float32, shape (experts, hidden), optional
+        The model's router weights, if they were read already.
     """
     layers = []
     for layer in catalog.layers:
@@ -54,5 +59,5 @@ def trace_header(
         weights=weights,
         tokens=tokens,
         hidden_size=hidden_size,
-        routers=routers_digest(read_routers(catalog), tuple(catalog.by_layer)),
+        routers=routers_digest(read_routers(catalog) if routers is None else routers, tuple(catalog.by_layer)),
     )

@@ -28,7 +28,7 @@ from expertier.routing.lookahead import Lookahead
 from expertier.routing.path import PathShape
 from expertier.routing.predictor import HORIZONS
 from expertier.routing.saved import Trained
-from expertier.routing.table import count_layers, count_tokens
+from expertier.routing.table import count_layers, count_tokens, frequency_forecast
 from expertier.routing.windows import Windows, require_requests
 
 _KEPT_BACK: Final = 12  # one request in so many is kept from learning, and as many are for stopping and fitting
@@ -108,8 +108,8 @@ def train(
     settings = settings or TrainSettings()
     require_requests(windows)
     parts = min(_KEPT_BACK, len(np.unique(windows.request)) // 2)
-    rest, kept_back = windows.split(parts, 0)
-    learn, fit = rest.split(max(2, parts - 1), 0)
+    rest, kept_back = windows.split(parts)
+    learn, fit = rest.split(max(2, parts - 1))
     facts: dict[str, Any] = {"tokens": learn.count, "seed": settings.seed}
     progress("count", 0.0, f"{learn.count} tokens")
     table = count_layers(learn)
@@ -126,6 +126,7 @@ def train(
             shape,
             learn,
             fit,
+            counts=counts,
             settings=PathTraining(seconds=settings.seconds, epochs=settings.epochs, seed=settings.seed),
             embedding=embedding,
             progress=lambda share, words: progress("path", share, words),
@@ -175,13 +176,12 @@ def fit_blend(
     tick(0.9)
     soon = np.zeros((len(HORIZONS), layers, 3), np.float32)
     any_watched = watched[names[0]]
-    frequency = trained.table.frequency
+    steady = frequency_forecast(trained.table.frequency).soon
     exists = trained.model.exists
     for which, label in enumerate(SOON):
         used, known = truth(fit, any_watched, label)
-        steady = 1.0 - (1.0 - frequency) ** HORIZONS[which]
         for place in range(layers):
-            inputs = {"frequency": np.broadcast_to(steady[place], used[known, place].shape)}
+            inputs = {"frequency": np.broadcast_to(steady[which, place], used[known, place].shape)}
             if "path" in watched:
                 inputs["path"] = watched["path"].chances[label][known, place]
             weights = _fit(inputs, used[known, place], exists[place])

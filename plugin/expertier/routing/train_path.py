@@ -19,6 +19,7 @@ from expertier.routing.path import PathShape
 from expertier.routing.path_network import PathNetwork, to_arrays
 from expertier.routing.path_start import start_from_counts
 from expertier.routing.predictor import HORIZONS
+from expertier.routing.table import TokenCounts
 from expertier.routing.windows import Windows
 
 _MOST_CELLS = 1 << 22  # numbers in one multi-label table of a batch
@@ -90,6 +91,7 @@ def train_path(
     learn: Windows,
     keep: Windows,
     *,
+    counts: TokenCounts,
     settings: PathTraining | None = None,
     embedding: NDArray[np.float32] | None = None,
     progress: Callable[[float, str], None] = lambda share, words: None,
@@ -102,6 +104,8 @@ def train_path(
         Sizes.
     learn, keep : Windows
         To learn from, and to tell when to stop.
+    counts : TokenCounts
+        Of the tokens of `learn`.
     settings : PathTraining, optional
         How long.
     embedding : ndarray of float32, shape (vocabulary, hidden), optional
@@ -114,7 +118,7 @@ def train_path(
     if learn.width * settings.batch * shape.width < _WORTH_THREADS:
         torch.set_num_threads(1)  # handing such small pieces around takes longer than computing them
     try:
-        return _train(shape, learn, keep, settings, embedding, progress)
+        return _train(shape, learn, keep, counts, settings, embedding, progress)
     finally:
         torch.set_num_threads(threads)
 
@@ -123,6 +127,7 @@ def _train(
     shape: PathShape,
     learn: Windows,
     keep: Windows,
+    counts: TokenCounts,
     settings: PathTraining,
     embedding: NDArray[np.float32] | None,
     progress: Callable[[float, str], None],
@@ -131,7 +136,7 @@ def _train(
     random = np.random.default_rng(settings.seed)
     network = PathNetwork(shape)
     with torch.no_grad():
-        start_from_counts(network, learn, embedding)
+        start_from_counts(network, learn, counts, embedding)
     decaying = [p for name, p in network.named_parameters() if p.ndim == 2 and "embedding" not in name]
     other = [p for name, p in network.named_parameters() if not (p.ndim == 2 and "embedding" not in name)]
     rate = settings.learning_rate * (_USUAL_WIDTH / shape.width) ** 0.5
@@ -185,7 +190,7 @@ def _train(
     return PathResult(shape=shape, weights=best, loss=best_loss, tokens=read, seconds=time.perf_counter() - started)
 
 
-def batch_of(windows: Windows, rows: NDArray[np.int64], cells: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _batch_of(windows: Windows, rows: NDArray[np.int64], cells: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return tokens, uses, targets, and what of the targets is known, of some windows."""
     tokens = torch.from_numpy(windows.tokens[rows])
     used = torch.from_numpy(windows.used(rows))
@@ -203,7 +208,7 @@ def batch_of(windows: Windows, rows: NDArray[np.int64], cells: int) -> tuple[Ten
         targets.append(((sums[:, later] - sums[:, 1:]) > 0).float())
         whole = (seen[:, later] - seen[:, 1:] == horizon) & inside[None, :, None]
         valid.append(whole.float().repeat_interleave(cells // layers, -1))
-    return tokens, used, torch.stack(targets, 2), torch.stack(valid, 2), known
+    return tokens, used, torch.stack(targets, 2), torch.stack(valid, 2)
 
 
 def _told(random: np.random.Generator, count: int, width: int) -> Tensor:
@@ -214,7 +219,7 @@ def _told(random: np.random.Generator, count: int, width: int) -> Tensor:
 
 def _loss(network: PathNetwork, windows: Windows, rows: NDArray[np.int64], told: Tensor) -> Any:
     shape = network.shape
-    tokens, used, targets, valid, _ = batch_of(windows, rows, shape.layers * shape.experts)
+    tokens, used, targets, valid = _batch_of(windows, rows, shape.layers * shape.experts)
     with torch.autocast("cpu", torch.bfloat16, enabled=_HALF):
         logits = network(tokens, used, told)
     losses = functional.binary_cross_entropy_with_logits(logits, targets, reduction="none") * valid

@@ -80,10 +80,9 @@ class Windows:
             inputs=None if self.inputs is None else self.inputs.take(rows),
         )
 
-    def split(self, parts: int, which: int) -> tuple[Windows, Windows]:
-        """Keep every `parts`-th request back, beginning with number `which`; return the others and these."""
-        unique = np.unique(self.request)
-        back = np.isin(self.request, unique[which::parts])
+    def split(self, parts: int) -> tuple[Windows, Windows]:
+        """Keep every `parts`-th request back, beginning with the first; return the others and these."""
+        back = np.isin(self.request, np.unique(self.request)[::parts])
         return self.take(np.flatnonzero(~back)), self.take(np.flatnonzero(back))
 
     @property

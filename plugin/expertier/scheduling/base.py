@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,15 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from expertier.residency.base import IntArray
-
-RequestId = Hashable
-"""Whatever an engine calls its requests."""
-
-Path = NDArray[np.float32]
-"""A routing path, shape ``(layers, experts)``: how often the request's tokens use each expert, between 0 and 1.
-
-Rows are in the order of layer positions, padded with zeros where a layer has fewer experts.
-"""
 
 
 @dataclass(frozen=True, kw_only=True)

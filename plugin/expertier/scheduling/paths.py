@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 
 from expertier.manager import OffloadManager
 from expertier.residency.base import IntArray
-from expertier.scheduling.base import Path
 
 HALF_LIFE = 64.0
 """Tokens after which what a running request used counts half."""
@@ -149,7 +148,3 @@ class PathBook:
     def forget(self, request: Hashable) -> None:
         """A request is over."""
         self._paths.pop(request, None)
-
-    def shaped(self, path: NDArray[np.float32]) -> Path:
-        """Show a path by layer."""
-        return path.reshape(self.layers, self.experts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -10,11 +10,11 @@ import numpy as np
 
 from expertier.errors import UnsupportedOptionError
 from expertier.manager import ManagerConfig, OffloadManager
-from expertier.residency.pool import PlannedRead
 from expertier.routing.trace_format import PREFILL
 from expertier.simulation.disk import OneThread, SimulatedDisk
 from expertier.simulation.events import Events
 from expertier.simulation.loads import Candidates, Oracle, OracleLoads, StepLoads
+from expertier.simulation.pools import PlanningPool
 from expertier.simulation.timing import Timing
 
 
@@ -107,7 +107,7 @@ class SimulatedManager(OffloadManager):
         super().__init__(
             experts={layer.layer: layer.experts for layer in layers},
             top_k={layer.layer: layer.top_k for layer in layers},
-            pool=_PlanningPool(events),
+            pool=PlanningPool(layers),
             budget=budget,
             config=ManagerConfig(policy=policy, half_life=half_life, io_threads=1, fill=fill),
         )
@@ -138,41 +138,6 @@ def oracle_loads(name: str, events: Events, *, ahead: int = 2) -> LoadsOn:
         raise UnsupportedOptionError(f"There is no predictor {name!r}.", f"Choose from: {', '.join(PREDICTORS)}.")
     oracle = PREDICTORS[name](events)
     return lambda manager: OracleLoads(manager, oracle, ahead=ahead)
-
-
-class _PlanningPool:
-    """Expert memory that says what would have to be read."""
-
-    def __init__(self, events: Events) -> None:
-        layers = events.header.layers
-        self._layers = {layer.layer: layer for layer in layers}
-        self._bytes = {layer.layer: layer.load_bytes().tolist() for layer in layers}
-
-    def slot_bytes(self, layer: int) -> int:
-        return self._layers[layer].slot_bytes
-
-    def stages(self, layer: int) -> int:
-        return self._layers[layer].stages
-
-    def place(self, layer: int, expert: int, recycled: tuple[int, int] | None) -> Sequence[PlannedRead]:
-        stages = self._layers[layer].stages
-        total = self._bytes[layer][expert]
-        return [
-            PlannedRead(
-                stage=stage,
-                file=cast(Any, None),
-                offset=0,
-                view=memoryview(b""),
-                needed=total * (stage + 1) // stages - total * stage // stages,
-            )
-            for stage in range(stages)
-        ]
-
-    def drop(self, layer: int, expert: int) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
 
 def replay_timed(

@@ -2,49 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 
 from expertier.manager import ManagerConfig, OffloadManager
-from expertier.residency.pool import PlannedRead
 from expertier.routing.trace_format import PREFILL
 from expertier.simulation.events import Events
 from expertier.simulation.loads import AdapterLoads
+from expertier.simulation.pools import InstantPool
 from expertier.simulation.result import Replay
 
-__all__ = ["InstantPool", "Replay", "replay"]
-
-
-class InstantPool:
-    """Expert memory that holds nothing and loads in no time; implements :class:`expertier.residency.pool.ExpertPool`.
-
-    Attributes
-    ----------
-    loads : list of int
-        Experts placed since somebody last looked, numbered over all layers.
-    """
-
-    def __init__(self, events: Events) -> None:
-        self._slots = {layer.layer: layer.slot_bytes for layer in events.header.layers}
-        self._base = dict(zip(self._slots, events.base.tolist(), strict=True))
-        self.loads: list[int] = []
-
-    def slot_bytes(self, layer: int) -> int:
-        return self._slots[layer]
-
-    def stages(self, layer: int) -> int:
-        return 1
-
-    def place(self, layer: int, expert: int, recycled: tuple[int, int] | None) -> Sequence[PlannedRead]:
-        self.loads.append(self._base[layer] + expert)
-        return ()
-
-    def drop(self, layer: int, expert: int) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
+__all__ = ["Replay", "replay"]
 
 
 def replay(
@@ -82,7 +51,7 @@ def replay(
     """
     events.check_budget(budget)
     layers = events.header.layers
-    pool = InstantPool(events)
+    pool = InstantPool(layers)
     manager = OffloadManager(
         experts={layer.layer: layer.experts for layer in layers},
         top_k={layer.layer: layer.top_k for layer in layers},

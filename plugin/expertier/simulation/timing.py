@@ -63,6 +63,32 @@ class StepTimes:
     bound: float
 
 
+def staged_end(
+    wait: NDArray[np.floating], read: NDArray[np.floating], stages: NDArray[np.int64], tail: float
+) -> NDArray[np.float64]:
+    """Time events in which parts of an expert are computed while later ones load.
+
+    Parameters
+    ----------
+    wait, read : ndarray of float, shape (events,)
+        Seconds to the first byte, and of transfer.
+    stages : ndarray of int64, shape (events,)
+        Parts that arrive and are computed one after the other.
+    tail : float
+        Seconds all parts together compute.
+
+    Returns
+    -------
+    ndarray of float64, shape (events,)
+        Seconds from asking to the end of the last part.
+    """
+    end = np.zeros(len(read))
+    for stage in range(int(stages.max())):
+        arrival = wait + read * np.minimum(stage + 1, stages) / stages
+        end = np.where(stage < stages, np.maximum(end, arrival) + tail / stages, end)
+    return end
+
+
 def step_times(events: Events, replay: Replay, timing: Timing) -> StepTimes:
     """Time the decode steps of a replay."""
     chosen = events.decode
@@ -74,12 +100,7 @@ def step_times(events: Events, replay: Replay, timing: Timing) -> StepTimes:
     head, tail = compute * (1 - timing.expert_share), compute * timing.expert_share
     read = replay.bytes_read[chosen] / timing.bandwidth
     wait = transfer - read
-    end = np.zeros(len(transfer))
-    for stage in range(int(stages.max())):
-        active = stage < stages
-        arrival = wait + read * np.minimum(stage + 1, stages) / stages
-        end = np.where(active, np.maximum(end, arrival) + tail / stages, end)
-    demand = float((head + cost + end).sum())
+    demand = float((head + cost + staged_end(wait, read, stages, tail)).sum())
     total_compute = compute * int(chosen.sum()) + float(cost.sum())
     return StepTimes(
         demand=demand / steps,

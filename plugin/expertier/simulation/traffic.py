@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from expertier.manager import ManagerConfig, OffloadManager
 from expertier.residency.base import IntArray
-from expertier.residency.pool import PlannedRead
 from expertier.routing.trace_format import TraceLayer
 from expertier.scheduling import Admission, resident_experts
 from expertier.scheduling.arrivals import Arrivals
+from expertier.simulation.pools import CountingPool
 from expertier.simulation.requests import RecordedRequest, Traffic
-from expertier.simulation.timing import Timing
+from expertier.simulation.timing import Timing, staged_end
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,40 +54,13 @@ class Served:
     unique: float
 
 
-class _CountingPool:
-    """Expert memory that holds nothing and counts loads; implements :class:`expertier.residency.pool.ExpertPool`."""
-
-    def __init__(self, layers: Sequence[TraceLayer]) -> None:
-        self._slots = {layer.layer: layer.slot_bytes for layer in layers}
-        self._bytes = {layer.layer: layer.load_bytes() for layer in layers}
-        self.loads = 0
-        self.bytes_read = 0
-
-    def slot_bytes(self, layer: int) -> int:
-        return self._slots[layer]
-
-    def stages(self, layer: int) -> int:
-        return 1
-
-    def place(self, layer: int, expert: int, recycled: tuple[int, int] | None) -> Sequence[PlannedRead]:
-        self.loads += 1
-        self.bytes_read += int(self._bytes[layer][expert])
-        return ()
-
-    def drop(self, layer: int, expert: int) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
 @dataclass
 class _Active:
     request: RecordedRequest
     number: int
     done: int = 0
     arrived: float = 0.0
-    given: int = field(default=0)
+    answered: bool = False
 
 
 def serve(
@@ -128,7 +101,7 @@ def serve(
     seen : callable, optional
         Told the number of requests that are over.
     """
-    pool = _CountingPool(layers)
+    pool = CountingPool(layers)
     manager = OffloadManager(
         experts={layer.layer: layer.experts for layer in layers},
         top_k={layer.layer: layer.top_k for layer in layers},
@@ -208,9 +181,9 @@ def serve(
                 active.done += count
                 if active.done < active.request.prompt:
                     continue
-                if not active.given:
+                if not active.answered:
                     first[active.number] = now - arrived[active.number]
-                active.given += 1
+                    active.answered = True
                 output += 1
                 if active.done == len(active.request.tokens):
                     del running[active.number]
@@ -237,13 +210,8 @@ def serve(
 
 
 def _seconds(reads: NDArray[np.float64], loads: IntArray, stages: IntArray, timing: Timing, compute: float) -> float:
-    """Seconds of a step: parts of an expert are computed while later ones load; as `timing.step_times`."""
+    """Seconds of a step."""
     head = compute / len(reads) * (1 - timing.expert_share)
     tail = compute / len(reads) * timing.expert_share
-    read = reads / timing.bandwidth
-    wait = timing.latency * (loads > 0)
-    end = np.zeros(len(reads))
-    for stage in range(int(stages.max())):
-        arrival = wait + read * np.minimum(stage + 1, stages) / stages
-        end = np.where(stage < stages, np.maximum(end, arrival) + tail / stages, end)
+    end = staged_end(timing.latency * (loads > 0), reads / timing.bandwidth, stages, tail)
     return float((head + timing.load_cost * loads + end).sum())
