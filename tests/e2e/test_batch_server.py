@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+import urllib.error
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -39,7 +40,7 @@ def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
     arguments = [f"--{name}={value}" for name, value in {**SERVED, "n_ctx": 2048}.items()]
     arguments += ["--model", str(model), "--model_alias", "tiny", "--max-sequences", "8"]
     arguments += ["--type_k", "0", "--type_v", "0"]  # GGML_TYPE_F32
-    arguments += ["--expert_budget", str(sizes(model).layer), "--expert_repack=off"]
+    arguments += ["--expert_budget", str(sizes(model).layer), "--expert_repack=off", "--budget_endpoint", "true"]
     with running(arguments, tmp_path_factory.mktemp("log") / "server.log") as process:
         yield process
         code = process.stop(signal.SIGTERM)
@@ -82,6 +83,25 @@ def test_eight_streams_at_once_are_the_texts_of_one_after_the_other(server: Serv
     after = idle(server)
     together = (after["sequence_steps"] - before["sequence_steps"]) / (after["steps"] - before["steps"])
     assert together > 2, "they were not computed together"
+
+
+def test_no_request_fails_or_changes_while_the_budget_goes_down_and_up(server: Server, model: Path) -> None:
+    prompts = [f"{number} {PROMPT}" for number in range(8)]
+    expected = [streamed(server, prompt) for prompt in prompts]
+    largest, turned = sizes(model).layer, 0
+    with ThreadPoolExecutor(8) as pool:
+        under_way = [pool.submit(streamed, server, prompt) for prompt in prompts * 2]
+        while not turned or not all(future.done() for future in under_way):
+            for budget in (largest // 2, largest):
+                stats = server.resize(budget)
+                assert stats["budget_bytes"] == budget
+                assert stats["resident_bytes"] <= budget
+                turned += 1
+        assert [future.result() for future in under_way] == expected * 2
+    assert turned > 4
+    with pytest.raises(urllib.error.HTTPError, match="400"):
+        server.resize(1)
+    assert server.stats()["budget_bytes"] == largest
 
 
 def test_whole_answers_chats_and_streams_say_the_same(client: openai.OpenAI) -> None:

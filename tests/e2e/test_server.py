@@ -71,6 +71,14 @@ class Server:
         with urllib.request.urlopen(request, timeout=60) as answer:
             return json.load(answer)
 
+    def resize(self, budget: str | int) -> Any:
+        """Turn the budget; the statistics afterwards."""
+        url = f"http://127.0.0.1:{self.port}/expertier/budget"
+        body = json.dumps({"budget": budget}).encode()
+        request = urllib.request.Request(url, data=body, headers={"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.load(answer)
+
     def stop(self, number: int) -> int:
         self.process.send_signal(number)
         return self.process.wait(30)

@@ -1,0 +1,102 @@
+"""How even are steps? Hard mode, where no step waits for a load, beside the same model with everything resident.
+
+    python examples/benchmarks/virtual/step_times.py MODEL.gguf --text prompts.json --budget 50% > step-times.json
+
+Each text is decoded token by token by one arm after the other, so that both meet the same moods of the machine; the
+model with everything resident, where nothing of Expertier happens, tells how even steps can be here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("EXPERTIER_PROFILE", "off")
+
+import numpy as np
+
+from expertier.comparison.hardware import describe_hardware
+from expertier.comparison.prompts import read_texts
+from expertier_llamacpp import Llama
+
+ARMS: dict[str, dict[str, Any]] = {
+    "all resident": {"expert_budget": "100%"},
+    "hard": {"expert_virtual_hard": "on"},
+}
+_WARM_UP = 32  # steps of every arm
+
+
+def summary(seconds: list[float]) -> dict[str, float]:
+    """Median and tail in milliseconds."""
+    took = 1e3 * np.array(seconds)
+    median = float(np.median(took))
+    quantiles = {f"p{100 * q:g}": float(np.quantile(took, q)) for q in (0.95, 0.99, 1.0)}
+    return {"steps": len(took), "median_ms": median, **quantiles, "p99_over_median": quantiles["p99"] / median}
+
+
+def main() -> None:
+    """Measure and print a JSON record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--text", type=Path, required=True, help="Held-out texts, as `expertier compare --text`.")
+    parser.add_argument("--budget", default="50%", help="Of the hard arm.")
+    parser.add_argument("--texts", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=64, help="Of each text.")
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    arms = {
+        name: Llama(
+            str(options.model),
+            n_ctx=512,
+            n_threads=options.threads,
+            n_threads_batch=options.threads,
+            verbose=False,
+            **{"expert_budget": options.budget, **settings},
+        )
+        for name, settings in ARMS.items()
+    }
+    by_domain: dict[str, list[str]] = {}
+    for text in read_texts(options.text):
+        by_domain.setdefault(text.domain, []).append(text.text)
+    texts = [texts[-1 - place] for place in range(options.texts) for texts in by_domain.values() if place < len(texts)]
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    by_text: list[dict[str, float]] = []
+    for text in texts[: options.texts]:
+        ids = arms["hard"].tokenize(text.encode()[: 16 * options.tokens], add_bos=False)[: options.tokens]
+        medians = {}
+        for name, llama in arms.items():
+            llama.reset()
+            took = []
+            for token in ids:
+                started = time.perf_counter()
+                llama.eval([token])
+                took.append(time.perf_counter() - started)
+            seconds[name] += took
+            medians[name] = float(np.quantile(took, 0.99) / np.median(took))
+        by_text.append(medians)
+    stats = arms["hard"].offload.stats()
+    steps = len(seconds["hard"])
+    record = {
+        "hardware": asdict(describe_hardware(options.model)),
+        "model": options.model.name,
+        "budget": options.budget,
+        "threads": options.threads,
+        "arms": {name: summary(took[_WARM_UP:]) for name, took in seconds.items()},
+        "p99_over_median_by_text": by_text,
+        "swaps_per_step": stats.swaps / steps,
+        "misses": stats.decode.misses,
+        "stall_seconds": stats.decode.stall_seconds,
+    }
+    for llama in arms.values():
+        llama.close()
+    print(json.dumps(record, indent=1))
+
+
+if __name__ == "__main__":
+    main()
