@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from expertier.errors import BudgetError, RoutingDemandError
 from expertier.planning.demand import LayerDemand, RoutingDemand, read_demand
 from expertier.planning.planner import EXACT, QualitySetting, trade_off
-from expertier.planning.speed import EngineSpeed, SpeedSample, fit_speed, read_speed
+from expertier.planning.speed import EngineSpeed, SpeedSample, fit_speed, read_speed, usual_steps
 from expertier.planning.split import best_split
 from expertier.simulation import load_events, replay
 from expertier.simulation.demand import summarise
@@ -145,6 +145,35 @@ def test_compute_and_loads_are_told_apart() -> None:
     assert speed.resident_seconds == pytest.approx(0.015, rel=0.05)
 
 
+def test_the_mean_of_a_budget_counts_and_not_how_dear_its_worst_steps_are() -> None:
+    random = np.random.default_rng(1)
+    samples = []
+    for budget, often in ((10, 0.4), (50, 0.1), (100, 0.0)):
+        loads = np.where(random.random(256) < often, 10, 0)
+        seconds = 0.01 + 0.0001 * loads**2 * 2 + 0.0002 * random.random(256)
+        samples.append(SpeedSample(budget_bytes=budget, seconds=tuple(seconds), loads=tuple(loads.tolist())))
+    speed = fit_speed(samples, total_bytes=100, engine="x", fingerprint="f", threads=1)
+    for sample in samples[:2]:
+        usual = np.array(sample.seconds)[usual_steps(sample)]
+        loads = np.array(sample.loads)[usual_steps(sample)]
+        assert speed.token_seconds(float(loads.mean())) == pytest.approx(usual.mean())
+    assert speed.token_seconds(0.0) == speed.managed_seconds == pytest.approx(0.0101, rel=0.01)
+    most = speed.measured[-1]
+    assert speed.token_seconds(most[0] + 1) == pytest.approx(most[1] + speed.load_seconds)
+
+
+@given(st.lists(st.tuples(st.floats(0, 20), st.floats(1e-3, 1.0)), min_size=1, max_size=4), st.floats(0, 40))
+def test_more_loads_never_take_less_time(budgets: list[tuple[float, float]], more: float) -> None:
+    samples = [
+        SpeedSample(budget_bytes=place, seconds=(seconds,) * 24, loads=(round(loads),) * 24)
+        for place, (loads, seconds) in enumerate(budgets)
+    ]
+    speed = fit_speed(samples, total_bytes=100, engine="x", fingerprint="f", threads=1)
+    times = [speed.token_seconds(loads) for loads in (0.0, *sorted((more / 3, more)))]
+    assert times == sorted(times)
+    assert min(times) > 0
+
+
 def test_too_short_a_measurement_is_refused() -> None:
     short = SpeedSample(budget_bytes=1, seconds=(0.1,) * 5, loads=(1,) * 5)
     with pytest.raises(RoutingDemandError, match="Only 5 steps"):
@@ -159,6 +188,9 @@ def test_profile_and_speed_survive_their_files(profile: RoutingDemand, tmp_path:
     assert read_demand(tmp_path / "p.json") == profile
     SPEED.write(tmp_path / "s.json")
     assert read_speed(tmp_path / "s.json") == SPEED
+    measured = replace(SPEED, measured=((1.0, 0.015), (5.0, 0.02)))
+    measured.write(tmp_path / "m.json")
+    assert read_speed(tmp_path / "m.json") == measured
     with pytest.raises(RoutingDemandError, match="not of other"):
         profile.require_model("0" * 64, "other")
 

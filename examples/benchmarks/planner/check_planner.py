@@ -1,12 +1,12 @@
 """Does the planner foresee what the real adapter does? Tokens per second within 15 %, memory never over.
 
-    expertier profile MODEL.gguf --text prompts.json --tokens 5000 --out routes.trace
+    expertier profile MODEL.gguf --text prompts.json --tokens 4000 --tokens-per-text 64 --out routes.trace
     python examples/benchmarks/planner/check_planner.py MODEL.gguf --text prompts.json --routes routes.trace
 
 The model is loaded once per budget, and all of them read the same texts token by token, in turns: a machine that is
-busy with something else slows all of them alike. Three more budgets in the same turns give the engine's speeds, as
+busy with something else slows all of them alike. Four more budgets in the same turns give the engine's speeds, as
 `expertier plan --calibrate` measures them; hit ratios come from the recorded routes, which are of other texts of the
-same kinds: the profile reads the file from its beginning, this from its end.
+same kinds and length: the profile reads the file from its beginning, this from its end.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--routes", type=Path, required=True)
     parser.add_argument("--budget", action="append")
-    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--tokens", type=int, default=768)
     parser.add_argument("--per-text", type=int, default=64)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
@@ -127,6 +127,8 @@ def main() -> None:
                 "never_over": stats.peak_resident_bytes <= run.budget,
                 "tokens_per_second": {"planned": plan.tokens_per_second, "measured": measured},
                 "ratio": plan.tokens_per_second / measured,
+                "ratio_with_the_loads_of_these_texts": 1
+                / (speed.token_seconds(float(np.mean(sample.loads))) * measured),
                 "loads_per_token": {
                     "planned": plan.loads_per_token,
                     "of_these_texts": float(np.mean(sample.loads)),
@@ -145,6 +147,7 @@ def main() -> None:
             "resident_ms": 1e3 * speed.resident_seconds,
             "managed_ms": 1e3 * speed.managed_seconds,
             "load_ms": 1e3 * speed.load_seconds,
+            "measured": speed.measured,
         },
         "rows": rows,
     }

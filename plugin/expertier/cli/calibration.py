@@ -23,7 +23,7 @@ from expertier.planning.speed import EngineSpeed, SpeedSample, fit_speed
 from expertier.routing import read_trace
 from expertier.simulation import Events, load_events, replay
 
-SHARES: Final = (0.25, 0.625, 1.0)
+SHARES: Final = (0.25, 0.6, 0.9, 1.0)
 _WARM_UP: Final = 32
 _STEPS: Final = 96
 _LEAST_STEPS: Final = 32
@@ -34,7 +34,7 @@ _CONTEXT: Final = _WARM_UP + _STEPS
 def calibrate_engine(
     model: Path, catalog: Catalog, options: OffloadOptions, *, engine: str, settings: EngineSettings
 ) -> EngineSpeed:
-    """Decode some text under two budgets and, where memory allows, with everything resident.
+    """Decode some text under three budgets and, where memory allows, with everything resident.
 
     Parameters
     ----------

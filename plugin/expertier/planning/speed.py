@@ -14,6 +14,8 @@ from expertier.errors import RoutingDemandError
 
 SCHEMA = "expertier-engine-speed/1"
 _LEAST_STEPS = 24
+_ALIKE = 0.5  # loads per token by which two budgets must differ to tell what one costs
+_LEAST_IDLE = 12  # steps without a load that tell what such a step takes
 _BUSY = 2.0  # steps slower than so many times the usual one of their run: the system did something else
 
 
@@ -54,6 +56,8 @@ class EngineSpeed:
         A token that happens to need no load, while others may.
     load_seconds : float
         What one load adds to a token: waiting that compute does not hide, and the engine's own time.
+    measured : tuple of (float, float)
+        Loads and seconds per token under every budget that was measured, ascending; empty where only the line is known.
     options : dict of str to object
         Options of Expertier that were in force; loading ahead is in these figures.
     """
@@ -65,11 +69,16 @@ class EngineSpeed:
     resident_seconds: float
     managed_seconds: float
     load_seconds: float
+    measured: tuple[tuple[float, float], ...] = ()
     options: dict[str, object] = field(default_factory=dict)
 
     def token_seconds(self, loads_per_token: float, *, everything: bool = False) -> float:
-        """Seconds per token; `everything` when all experts fit."""
-        return self.resident_seconds if everything else self.managed_seconds + loads_per_token * self.load_seconds
+        """Seconds per token: `everything` when all experts fit, else between what was measured, and on from there."""
+        if everything:
+            return self.resident_seconds
+        loads, seconds = np.array([(0.0, self.managed_seconds), *self.measured]).T
+        beyond = max(0.0, loads_per_token - float(loads[-1])) * self.load_seconds
+        return float(np.interp(loads_per_token, loads, seconds)) + beyond
 
     def write(self, path: Path) -> None:
         """Write the speeds as JSON."""
@@ -79,10 +88,11 @@ class EngineSpeed:
 def fit_speed(
     samples: Sequence[SpeedSample], *, total_bytes: int, engine: str, fingerprint: str, threads: int
 ) -> EngineSpeed:
-    """Tell compute and loads apart, by least squares over steps.
+    """Tell compute and loads apart.
 
-    Time grows by the same amount with every load as long as storage is the bottleneck, whatever the budget: measured on
-    the reference model, see ``examples/benchmarks/planner``.
+    Means of whole budgets, because means are what is planned: steps that need many loads at once, where the text
+    changes, take longer than their loads are worth elsewhere, and a line through single steps would make every load as
+    dear.
 
     Parameters
     ----------
@@ -98,8 +108,9 @@ def fit_speed(
     RoutingDemandError
         There are too few steps.
     """
-    loads, seconds = [], []
     resident = None
+    means: list[tuple[float, float]] = []
+    idle: list[float] = []
     for sample in samples:
         if len(sample.seconds) < _LEAST_STEPS:
             raise RoutingDemandError(
@@ -110,23 +121,34 @@ def fit_speed(
             resident = float(np.median(took))
             continue
         usual = usual_steps(sample)
-        loads += absent[usual].tolist()
-        seconds += took[usual].tolist()
-    if not loads:
+        means.append((float(absent[usual].mean()), float(took[usual].mean())))
+        idle += took[usual & (absent == 0)].tolist()
+    if not means:
         raise RoutingDemandError("No budget below all experts was measured.", "Measure again.")
-    slope, start = (
-        np.polyfit(loads, seconds, 1) if np.std(loads) >= 0.5 else (0.0, float(np.mean(seconds)))  # too alike to tell
-    )
-    if slope < 0 or start <= 0:
-        slope, start = 0.0, float(np.mean(seconds))
+    means.sort()
+    loads, seconds = np.array(means).T
+    seconds = np.maximum.accumulate(seconds)  # no noise may make loads a gain
+    start = float(np.mean(idle)) if len(idle) >= _LEAST_IDLE else _at_zero(loads, seconds)
+    start = min(start, float(seconds[0]))
+    points = np.concatenate([[0.0], loads]), np.concatenate([[start], seconds])
+    slope = max(0.0, float(np.polyfit(*points, 1)[0])) if np.ptp(points[0]) else 0.0
     return EngineSpeed(
         engine=engine,
         fingerprint=fingerprint,
         threads=threads,
-        resident_seconds=min(resident, float(start)) if resident is not None else float(start),
-        managed_seconds=float(start),
-        load_seconds=float(slope),
+        resident_seconds=start if resident is None else min(resident, start),
+        managed_seconds=start,
+        load_seconds=slope,
+        measured=tuple(zip(loads.tolist(), seconds.tolist(), strict=True)),
     )
+
+
+def _at_zero(loads: NDArray[np.float64], seconds: NDArray[np.float64]) -> float:
+    """Where a line through the two budgets with the fewest loads begins, at least at half of the quicker one."""
+    if len(loads) < 2 or loads[1] - loads[0] < _ALIKE:
+        return float(seconds[0])
+    slope = (seconds[1] - seconds[0]) / (loads[1] - loads[0])
+    return float(max(seconds[0] - slope * loads[0], seconds[0] / 2))
 
 
 def usual_steps(sample: SpeedSample) -> NDArray[np.bool_]:
@@ -155,8 +177,8 @@ def read_speed(path: Path) -> EngineSpeed:
         data = json.loads(path.read_text(encoding="utf-8"))
         if data.get("schema") != SCHEMA:
             raise ValueError(f"its schema is {data.get('schema')!r}")
-        speed = EngineSpeed(**data)
-        figures = (speed.resident_seconds, speed.managed_seconds, speed.load_seconds)
+        speed = EngineSpeed(**{**data, "measured": tuple(map(tuple, data.get("measured", ())))})
+        figures = (speed.resident_seconds, speed.managed_seconds, speed.load_seconds, *sum(speed.measured, ()))
         if not all(np.isfinite(figures)) or min(figures) < 0 or not speed.managed_seconds:
             raise ValueError("it holds figures that are none")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
