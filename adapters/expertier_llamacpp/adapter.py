@@ -135,6 +135,7 @@ class LlamaCppAdapter:
 
     name = "llamacpp"
     engine = "llama.cpp"
+    install = "Install it: pip install 'expertier[llamacpp]'."
     workloads = Workloads()
 
     def versions(self) -> dict[str, str]:

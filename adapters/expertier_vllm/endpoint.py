@@ -22,6 +22,7 @@ from fastapi.responses import JSONResponse
 
 from expertier.budget import parse_budget
 from expertier.errors import BudgetError, ExpertierError, UnsupportedOptionError
+from expertier_vllm.compat import engine
 from expertier_vllm.metrics import CONTENT_TYPE, Record, expose, report
 from expertier_vllm.options import VllmOptions
 
@@ -70,6 +71,8 @@ class EndpointPlugin:
         self._engine = engine_client
         if engine_client is not None:
             self._options = VllmOptions.from_additional_config(engine_client.vllm_config.additional_config)
+        if self._options is not None:
+            engine().tell_causes()  # one of several API servers: the configuration was built in another process
         # vLLM asks for its key below /v1 only; whoever set one does not mean these routes to be open.
         keys = getattr(args, "api_key", None) or [os.environ.get(_KEY_VARIABLE)]
         self._keys = [_digest(key) for key in keys if key]

@@ -71,7 +71,7 @@ class WorkerFacts:
     local_workers : int
         Workers on this machine, which share its memory.
     in_step : bool
-        Whether other workers wait for this one in every layer.
+        Whether other workers wait for this one, in every layer or after the last.
     shard : str
         Names the worker's part of every layer, e.g. ``tp 0 of 2``.
     library : str
@@ -423,6 +423,7 @@ class Runtime:
                 "Lower the budget, or use 'auto' to take what there is.",
             )
         self.manager.warm_up()
+        self.manager.wait_until_filled()  # stock is ready when all experts are in memory, too
         self._watch_pressure(limit)
         self._mode = self._mode_line()
         print(self._mode, file=sys.stderr, flush=True)

@@ -234,6 +234,12 @@ class OffloadManager:
             if self._warm or self._budget >= self._stats.total_bytes:
                 self._fill()
 
+    def wait_until_filled(self) -> None:
+        """Block until nothing loads in the background: what :meth:`warm_up` began has arrived, or could not be read."""
+        with self._lock:
+            while self._filling.any() and not self._closed:
+                self._lock.wait()
+
     def warm(self, chances: Mapping[int, ArrayLike], tokens: float) -> None:
         """Begin with what an earlier run found.
 

@@ -242,9 +242,12 @@ def test_the_doctor_calls_a_missing_engine_a_problem(
         monkeypatch.setattr(type(adapter), "versions", lambda self: {})
     result = invoke("doctor", tiny_model(TinySpec()))
     assert result.exit_code == 2
-    assert "pip install 'expertier[llamacpp]'" in " ".join(result.stdout.split())
-    with pytest.raises(UnsupportedEngineError, match="not installed"):
-        get_adapter("llamacpp")
+    told = " ".join(result.stdout.split())
+    assert "pip install 'expertier[llamacpp]'" in told
+    assert "CPU build: python examples/setup/install_vllm.py" in told  # what pip calls vllm is the CUDA build
+    for name in ("llamacpp", "vllm"):
+        with pytest.raises(UnsupportedEngineError, match="not installed"):
+            get_adapter(name)
 
 
 def test_an_adapter_that_cannot_be_imported_is_named_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,15 @@ def test_everything_is_loaded_from_the_start_when_it_fits(tmp_path: Path) -> Non
         assert (stats.decode.ready_hits, stats.decode.misses, stats.evictions) == (6, 0, 0)
 
 
+def test_who_waits_for_the_fill_finds_everything_resident(tmp_path: Path) -> None:
+    with fake_engine(tmp_path, SHAPES, EVERYTHING * SLOT, fill=True) as engine:
+        engine.manager.wait_until_filled()  # nothing has begun
+        assert not engine.manager.complete
+        engine.manager.warm_up()
+        engine.manager.wait_until_filled()
+        assert engine.manager.complete
+
+
 def test_nothing_is_filled_unless_asked_for(tmp_path: Path) -> None:
     with fake_engine(tmp_path, SHAPES, EVERYTHING * SLOT) as engine:
         engine.manager.warm_up()
@@ -71,7 +80,8 @@ def test_a_fill_that_cannot_be_read_fails_no_step(tmp_path: Path) -> None:
     with fake_engine(tmp_path, SHAPES, EVERYTHING * SLOT, fill=True) as engine:
         engine.file.fail(0, 1 << 40)
         engine.manager.warm_up()
-        until(lambda: not engine.manager._requests)
+        engine.manager.wait_until_filled()
+        assert engine.manager.stats().resident_experts == 0
         engine.file.heal()
         engine.step({layer: [[2, 3]] for layer in SHAPES})
         assert engine.manager.stats().decode.requests == 6

@@ -287,6 +287,31 @@ def test_bad_requests_are_answered_as_by_stock_and_the_server_goes_on(server: Se
     assert list(server.complete(PROMPTS[0]).token_ids) == stock[0]["tokens"]
 
 
+def test_while_the_disk_fails_requests_end_with_the_cause_and_when_it_recovers_answers_are_stocks(
+    server: Server, stock: list[Any]
+) -> None:
+    [worker] = server.stats()["workers"]
+    sidecar = Path(worker["mode"].partition(", sidecar ")[2].partition(",")[0])
+    content = sidecar.read_bytes()
+    prompt = " ".join(f"{number} words that nobody has said before" for number in range(12))
+    request: Any = {"model": "tiny", "prompt": prompt, "temperature": 0, "max_tokens": TOKENS}
+    os.truncate(sidecar, len(content) // 3)
+    try:
+        with pytest.raises(openai.InternalServerError) as caught:
+            server.client().completions.create(**request)
+        with pytest.raises(openai.APIError) as streamed:  # status 200 has been sent by then: the error comes as a piece
+            list(server.client().completions.create(**request, stream=True))
+    finally:
+        with sidecar.open("r+b") as file:
+            file.write(content)
+    assert caught.value.status_code == 500
+    for error in (caught.value, streamed.value):
+        assert "could not be loaded" in error.message and "bytes short of an expert" in error.message
+    assert list(server.complete(LONG).token_ids) == stock[PROMPTS.index(LONG)]["tokens"]
+    answer = server.client().completions.create(**request)
+    assert answer.choices[0].finish_reason in ("length", "stop")
+
+
 def test_a_server_that_is_asked_to_stop_leaves_nothing_behind(model: Path, server: Server) -> None:
     roots = [root for root in (Path("/dev/shm"), Path(tempfile.gettempdir())) if os.access(root, os.W_OK)]
     [board] = [path for path in roots[0].glob("expertier-*/0.json") if str(model) in path.read_text()]

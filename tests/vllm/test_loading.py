@@ -195,45 +195,63 @@ def test_a_full_disk_is_told_and_nothing_is_left(tmp_path: Path) -> None:
     assert list((model / "side").iterdir()) == []
 
 
-def disk_that_fails(model: str, workers: int) -> dict[str, Any]:
-    """Cut the sidecar of the last worker off while serving, and mend it."""
+def disk_that_fails(model: str, workers: list[int], arguments: dict[str, Any]) -> list[Any]:
+    """Cut the sidecar of one worker after the other off while serving, and mend it."""
     from vllm import SamplingParams
 
-    with engine(model, "25%", tensor_parallel_size=workers) as llm:
+    outcomes = []
+    with engine(model, "25%", **arguments) as llm:
         good = answer(llm)
-        mode = llm.collective_rpc("expertier_stats")[-1]["mode"]
-        (sidecar,) = [path for path in sidecars(Path(model)) if f"sidecar {path}," in mode]
-        content = sidecar.read_bytes()
-        os.truncate(sidecar, len(content) // 3)
-        prompts = [{"prompt_token_ids": list(range(index, 60 + index))} for index in range(3)]
-        sampling = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
-        broken = [
-            (answer.finished, answer.outputs[0].finish_reason, answer.outputs[0].stop_reason)
-            for answer in llm.generate(prompts, sampling, use_tqdm=False)
-        ]
-        with sidecar.open("r+b") as file:
-            file.write(content)
-        return {"good": good, "broken": broken, "mended": answer(llm)}
+        for worker in workers:
+            mode = llm.collective_rpc("expertier_stats")[worker]["mode"]
+            (sidecar,) = [path for path in sidecars(Path(model)) if f"sidecar {path}," in mode]
+            content = sidecar.read_bytes()
+            os.truncate(sidecar, len(content) // 3)
+            prompts = [{"prompt_token_ids": list(range(index, 60 + index))} for index in range(3)]
+            sampling = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+            broken = [
+                (answer.finished, answer.outputs[0].finish_reason, answer.outputs[0].stop_reason)
+                for answer in llm.generate(prompts, sampling, use_tqdm=False)
+            ]
+            with sidecar.open("r+b") as file:
+                file.write(content)
+            outcomes.append({"good": good, "broken": broken, "mended": answer(llm)})
+    return outcomes
 
 
-def test_a_disk_that_fails_ends_its_requests_and_the_engine_lives_on(tmp_path: Path) -> None:
-    outcome = run(disk_that_fails, str(write_hf(tmp_path, SPEC)), 1)
+def check_that_only_those_requests_ended(outcome: dict[str, Any]) -> None:
+    assert len(outcome["broken"]) == 3
     for finished, reason, text in outcome["broken"]:
         assert finished
         assert reason == "error"
         assert "could not be loaded" in text
         assert "bytes short of an expert" in text
-    assert len(outcome["broken"]) == 3
     assert outcome["mended"] == outcome["good"]
 
 
-def test_a_disk_that_fails_for_one_of_two_workers_blocks_neither(tmp_path: Path) -> None:
-    """Workers wait for each other in every layer, so the one without its expert must not leave."""
+def test_a_disk_that_fails_ends_its_requests_and_the_engine_lives_on(tmp_path: Path) -> None:
+    [outcome] = run(disk_that_fails, str(write_hf(tmp_path, SPEC)), [0], {})
+    check_that_only_those_requests_ended(outcome)
+
+
+@pytest.mark.parametrize(
+    ("workers", "arguments"),
+    [
+        pytest.param([1], {"tensor_parallel_size": 2}, id="tensor parallel"),
+        # Compiled because of what stands in test_parity.py.
+        pytest.param([0, 1], {"pipeline_parallel_size": 2, "enforce_eager": False}, id="stages of a pipeline"),
+    ],
+)
+def test_a_disk_that_fails_for_one_of_two_workers_blocks_neither_and_its_cause_is_told(
+    tmp_path: Path, workers: list[int], arguments: dict[str, Any]
+) -> None:
+    """Workers wait for each other, so the one without its expert must not leave."""
     environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    outcome = run(disk_that_fails, str(write_hf(tmp_path, SPEC)), 2, environment=environment)
-    assert [reason for _, reason, _ in outcome["broken"]] == ["error"] * 3
-    assert all("another worker could not load an expert" in text for _, _, text in outcome["broken"])
-    assert outcome["mended"] == outcome["good"]
+    model = str(write_hf(tmp_path, SPEC))
+    outcomes = run(disk_that_fails, model, workers, arguments, environment=environment)
+    assert len(outcomes) == len(workers)
+    for outcome in outcomes:
+        check_that_only_those_requests_ended(outcome)
 
 
 def budget_auto(model: str) -> dict[str, Any]:

@@ -124,10 +124,12 @@ def test_experts_never_exceed_the_budget(eager: Any, budget: str | int) -> None:
     assert stats["prefill"]["tokens"] > 700
 
 
-def test_with_room_for_all_nothing_is_read_twice(eager: Any) -> None:
+def test_with_room_for_all_nothing_is_read_twice_and_no_request_waits(eager: Any) -> None:
     stats = eager["100% stats"]
     assert stats["bytes_read"] == stats["total_bytes"]
     assert stats["evictions"] == 0
+    for phase in ("decode", "prefill"):
+        assert stats[phase]["misses"] == stats[phase]["late"] == 0
 
 
 @pytest.mark.parametrize(

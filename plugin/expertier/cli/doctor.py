@@ -94,7 +94,7 @@ def _engines(catalog: Catalog | None) -> Iterator[Finding]:
     )
     adapters, reasons = find_adapters()
     found = False
-    for name, adapter in adapters.items():
+    for adapter in adapters.values():
         versions = adapter.versions()
         if versions:
             found = True
@@ -102,9 +102,7 @@ def _engines(catalog: Catalog | None) -> Iterator[Finding]:
             yield Finding(topic=adapter.engine, status="ok", text=text)
             yield from adapter.findings(catalog)
         else:
-            yield Finding(
-                topic=adapter.engine, status="info", text="not installed", remedy=f"pip install 'expertier[{name}]'"
-            )
+            yield Finding(topic=adapter.engine, status="info", text="not installed", remedy=adapter.install)
     for name, reason in reasons.items():
         yield Finding(topic=name, status="info", text=f"not available: {reason}")
     if not found:
@@ -112,7 +110,7 @@ def _engines(catalog: Catalog | None) -> Iterator[Finding]:
             topic="engines",
             status="problem",
             text="no engine is installed that Expertier has an adapter for.",
-            remedy="pip install 'expertier[llamacpp]'",
+            remedy="Install one; pip install 'expertier[llamacpp]' needs a compiler and nothing else.",
         )
 
 

@@ -121,12 +121,15 @@ class Adapter(Protocol):
         As in ``--engine``.
     engine : str
         The engine's own name.
+    install : str
+        How to get the engine where it is missing; the way out of an error.
     workloads : Workloads
         What its worker measures.
     """
 
     name: str
     engine: str
+    install: str
     workloads: Workloads
 
     def versions(self) -> dict[str, str]:
@@ -190,7 +193,5 @@ def get_adapter(name: str) -> Adapter:
         known = ", ".join(sorted(adapters)) or "none"
         raise UnsupportedEngineError(f"There is no adapter for an engine called {name!r}.", f"Installed: {known}.")
     if not adapters[name].versions():
-        raise UnsupportedEngineError(
-            f"{adapters[name].engine} is not installed.", f"Install it: pip install 'expertier[{name}]'."
-        )
+        raise UnsupportedEngineError(f"{adapters[name].engine} is not installed.", adapters[name].install)
     return adapters[name]

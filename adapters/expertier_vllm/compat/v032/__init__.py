@@ -49,6 +49,14 @@ def take_over(config: Any) -> None:
     elif scheduler.scheduler_cls is None:
         scheduler.scheduler_cls = SCHEDULER
     publish(config.instance_id)
+    tell_causes()
+
+
+def tell_causes() -> None:
+    """Have failed requests answered with their cause in this process, if it serves any."""
+    from expertier_vllm.compat.v032 import causes
+
+    causes.tell_causes()
 
 
 def regrouping_scheduler() -> Any:

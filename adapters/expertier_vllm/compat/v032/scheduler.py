@@ -46,15 +46,12 @@ class ExpertierScheduler(Scheduler):  # type: ignore[misc]
         if problem is None:
             return super().update_from_output(scheduler_output, model_runner_output)
         failed = set(scheduler_output.num_scheduled_tokens)
-        logger.error("A step of %d requests failed: %s", len(failed), problem)
-        # Blocks are offered to other requests when they are scheduled, before they are computed: these never were.
-        blocks = {
-            block
-            for request in failed & self.requests.keys()
-            for group in self.kv_cache_manager.get_block_ids(request)
-            for block in group
-        }
-        self.kv_cache_manager.evict_blocks(blocks)
+        # Blocks are offered to other requests when they are scheduled, before they are computed: these never were. Who
+        # left or was preempted meanwhile holds none, so all are forgotten. Upstream: ``BlockPool.evict_blocks``.
+        self.kv_cache_manager.evict_blocks(set(range(len(self.kv_cache_manager.block_pool.blocks))))
+        if self.vllm_config.max_concurrent_batches > 1:  # a step under way may have been offered them
+            failed |= {request.request_id for request in self.running}
+        logger.error("A step failed, and %d requests with it: %s", len(failed), problem)
         # Upstream ends the requests in this set with FINISHED_ERROR, which the API server answers with status 500.
         self.grammar_compile_error_reqs |= failed
         outputs = super().update_from_output(scheduler_output, model_runner_output)

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from vllm import __version__
 from vllm.config import set_current_vllm_config
-from vllm.distributed import get_tp_group
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.custom_op import PluggableLayer, op_registry_oot
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
@@ -29,6 +28,7 @@ from expertier.planning.memory import process_memory, reset_peak
 from expertier_vllm import refusals
 from expertier_vllm.board import Board, Reporter
 from expertier_vllm.compat.v032 import REGROUPING, SCHEDULER
+from expertier_vllm.compat.v032.failures import FailureExchange
 from expertier_vllm.compat.v032.scheduler import PROBLEM, ROUTES, wants_exactness
 from expertier_vllm.compat.v032.tokens import announce_tokens
 from expertier_vllm.experts import constructing, managed_class
@@ -99,6 +99,7 @@ class ExpertierWorker(CPUWorker):  # type: ignore[misc]
         assert options is not None
         _register_experts(self.vllm_config.model_config.architectures)
         self.expertier = Runtime(options, self._facts(), self._step_kind)
+        self._failures = FailureExchange()
         token = constructing.set(self.expertier)
         try:
             with _own_iterator(self.expertier):
@@ -137,7 +138,7 @@ class ExpertierWorker(CPUWorker):  # type: ignore[misc]
         return WorkerFacts(
             checkpoint=_checkpoint(self.vllm_config.model_config),
             rank=self.rank,
-            in_step=size > 1 and parallel.pipeline_parallel_size == 1,
+            in_step=parallel.world_size > 1,
             local_workers=parallel.local_world_size,
             shard=f"tp {self.rank % size} of {size}",
             library=f"vllm {__version__}",
@@ -190,42 +191,41 @@ class ExpertierWorker(CPUWorker):  # type: ignore[misc]
     def execute_model(self, scheduler_output: Any) -> Any:
         """Turn an expert that cannot be loaded into a failed step; the scheduler ends its requests.
 
-        Workers of a tensor parallel group wait for each other in every layer. The one that lacks an expert goes on with
-        zeros (``Runtime.run``), and after the step all of them learn that it is worthless. Stages of a pipeline are
-        not in step with each other: there a worker that fails ends, and the server with it, as in stock.
+        Other workers wait for this one: in every layer those of its tensor parallel group, after it the next stage of a
+        pipeline. One that lacks an expert goes on with zeros (``Runtime.run``), and after the step the others learn
+        that it is worthless.
         """
-        workers = self.vllm_config.parallel_config.world_size
-        self.expertier.failure = None
+        self.expertier.failure = self._failed = None
         self._step_tokens = scheduler_output.total_num_scheduled_tokens
+        problem = None
         try:
             with self.expertier.stepping:
                 output = super().execute_model(scheduler_output)
-            if workers == 1 or not self._any_failed():
-                return output
-            problem = str(self.expertier.failure or "another worker could not load an expert; its log tells which.")
-            self.model_runner.execute_model_state = None  # what sample_tokens would go on with
+            if self.expertier.facts.in_step and self._step_tokens:
+                failure = self.expertier.failure
+                problem = self._failures.settle(None if failure is None else str(failure))
         except ExpertLoadError as error:
-            if workers > 1:
-                logger.critical("%s", error)
-                raise SystemExit(1) from error
             problem = str(error)
+        if problem is None:
+            return output
         if self.vllm_config.scheduler_config.scheduler_cls not in (SCHEDULER, REGROUPING):
             raise ExpertLoadError(problem)  # another scheduler would take the step for a good one
-        return _failed_step(scheduler_output, problem)
+        self.model_runner.execute_model_state = None  # what sample_tokens would go on with
+        self._failed = _failed_step(scheduler_output, problem)
+        return self._failed
 
     def sample_tokens(self, grammar_output: Any) -> Any:
-        """Send the routes of the step along with its tokens; upstream: the second half of ``execute_model``."""
+        """Send the routes of the step along with its tokens; upstream: the second half of ``execute_model``.
+
+        It is called for a failed step, too, where several are under way (``EngineCore.step_with_batch_queue``).
+        """
         output = super().sample_tokens(grammar_output)
+        if self._failed is not None:
+            return self._failed
         log = self.expertier.route_log
         if log is not None and isinstance(output, ModelRunnerOutput):
             setattr(output, ROUTES, log.take(self._step_tokens))
         return output
-
-    def _any_failed(self) -> bool:
-        failed = torch.tensor([self.expertier.failure is not None], dtype=torch.int32)
-        if self.vllm_config.parallel_config.tensor_parallel_size > 1:
-            torch.distributed.all_reduce(failed, torch.distributed.ReduceOp.MAX, group=get_tp_group().cpu_group)
-        return bool(failed)
 
     def shutdown(self) -> None:
         super().shutdown()
