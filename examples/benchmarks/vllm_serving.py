@@ -8,7 +8,8 @@ Real ``vllm serve`` processes, one after the other, asked by the official client
 * stock under the limit, which may be killed: that is a result,
 * Expertier under the limit with budget "auto".
 
-The arms with a limit run in a control group, page cache included, with caches dropped before.
+The arms with a limit run in a control group, page cache included, with caches dropped before. Arms that an earlier
+call has left in DIR are kept, so that one that needs the whole machine can wait for it (``--arm stock``).
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ class Watcher(threading.Thread):
 def server(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """Run a server; it is ended with all it started."""
     environment = os.environ | {"OMP_WAIT_POLICY": "passive", "VLLM_PLUGINS": "expertier"}
-    environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    environment.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would win over --cache
     with log.open("wb") as out:
         process = subprocess.Popen(command, stdout=out, stderr=out, env=environment, start_new_session=True)
     try:
@@ -180,6 +181,7 @@ def run(arm: str, model: Path, limit: int | None, prompts: list[str], options: a
         *("--host", "127.0.0.1", "--port", str(port), "--max-model-len", "1024", "--enforce-eager"),
         *("--max-num-seqs", str(options.clients), "--max-num-batched-tokens", "256", "--no-enable-prefix-caching"),
     ]
+    command += ["--kv-cache-memory-bytes", str(parse_budget(options.cache, 0))]
     if arm == "expertier":
         command += ["--additional-config", json.dumps({"expertier": {"budget": "auto"}})]
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=1800)
@@ -245,6 +247,16 @@ def summary(results: dict[str, Result], experts: int) -> dict[str, Any]:
     return found
 
 
+def earlier(path: Path) -> dict[str, Result]:
+    """Arms of an earlier call."""
+    if not path.exists():
+        return {}
+    arms = {name: Result(**arm) for name, arm in json.loads(path.read_text())["arms"].items()}
+    for arm in arms.values():
+        arm.answers = {int(number): tokens for number, tokens in arm.answers.items()}
+    return arms
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
@@ -253,6 +265,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=12)
     parser.add_argument("--characters", type=int, default=200, help="of a prompt")
+    parser.add_argument("--cache", default="1GiB", help="KV cache of each server")
     parser.add_argument("--text", type=Path, action="append", default=[])
     parser.add_argument("--arm", action="append", help="only these")
     parser.add_argument("--out", type=Path, required=True)
@@ -266,7 +279,7 @@ def main() -> None:
         for number in range(options.requests)
     ]
     arms = {"stock": None, "stock-again": None, "stock-limited": limit, "expertier": limit}
-    results: dict[str, Result] = {}
+    results = earlier(options.out / "serving.json")
     for arm, of in arms.items():
         if options.arm and arm not in options.arm:
             continue
