@@ -19,7 +19,7 @@ from expertier.errors import BudgetError, ExpertLoadError, ManagerClosedError
 from expertier.residency import make_policy
 from expertier.residency.base import ExpertSpace, FloatArray, ForecastListener, IntArray
 from expertier.residency.floor import spare_every_layer
-from expertier.residency.pool import ExpertPool
+from expertier.residency.pool import ExpertPool, TieredPool
 from expertier.residency.uses import UseCounts
 from expertier.storage import DEMAND, PREFETCH, IoScheduler, ReadRequest
 from expertier.telemetry import PhaseCounters, Stats
@@ -185,6 +185,8 @@ class OffloadManager:
             half_life=self.config.half_life,
         )
         self._listener = self._policy if isinstance(self._policy, ForecastListener) else None
+        if isinstance(pool, TieredPool):
+            pool.rank_by(lambda these, layer: self._policy.keep_scores(these, self._position[layer]))
         self._column = np.arange(total) - np.repeat([self._base[layer] for layer in self._layers], counts)
         self._uses = UseCounts(total)
         self._warm = False  # the policy knows from an earlier run what is used often
@@ -676,6 +678,7 @@ class OffloadManager:
                 priority=priority,
                 check=read.check,
                 prepare=read.prepare,
+                transfer=read.transfer,
             )
             for read in plan
         ]

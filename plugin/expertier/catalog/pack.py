@@ -39,6 +39,7 @@ import logging
 import mmap
 import os
 import struct
+import threading
 import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -52,7 +53,7 @@ from expertier.budget import format_bytes
 from expertier.catalog.types import ExpertPart, LayerExperts
 from expertier.errors import SidecarError
 
-__all__ = ["SUFFIX", "Pack", "PackKey", "build_pack", "checksum", "find_or_build", "read_pack"]
+__all__ = ["SUFFIX", "Pack", "PackKey", "PieceCheck", "build_pack", "checksum", "find_or_build", "read_pack"]
 
 logger = logging.getLogger("expertier")
 
@@ -65,6 +66,7 @@ _ALIGNMENT: Final = max(4096, mmap.PAGESIZE)  # what O_DIRECT wants everywhere
 _MAX_HEADER: Final = 512 << 20
 _FLUSH_STEP: Final = 32 << 20
 _ROW_WORDS: Final = 512  # a row of the checksum is 4 KiB: what storage loses is whole sectors
+_ROW: Final = 8 * _ROW_WORDS
 _NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _OTHER_PLACE: Final = "Give another place with sidecar_dir (EXPERTIER_SIDECAR_DIR), or do without: repack='off'."
 _REBUILD: Final = "Delete it: the next start writes it again."
@@ -166,16 +168,23 @@ class Pack:
         expert : int
             Index of the expert.
         """
-        expected = self._checksums.get(name)
-        if expected is None or (name, expert) in self._verified:
+        if not self._unseen(name, expert):
             return None
+        return lambda data: self._verify(name, expert, checksum(data))
 
-        def verify(data: memoryview) -> None:
-            if checksum(data) != int(expected[expert]):
-                raise SidecarError(f"{self.path} is damaged: expert {expert} of {name} has a wrong checksum.", _REBUILD)
-            self._verified.add((name, expert))
+    def check_in_pieces(self, name: str, expert: int) -> PieceCheck | None:
+        """Like :meth:`check`, for an expert that is never in one place."""
+        if not self._unseen(name, expert):
+            return None
+        return PieceCheck(self.parts[name].expert_bytes, lambda value: self._verify(name, expert, value))
 
-        return verify
+    def _unseen(self, name: str, expert: int) -> bool:
+        return name in self._checksums and (name, expert) not in self._verified
+
+    def _verify(self, name: str, expert: int, value: int) -> None:
+        if value != int(self._checksums[name][expert]):
+            raise SidecarError(f"{self.path} is damaged: expert {expert} of {name} has a wrong checksum.", _REBUILD)
+        self._verified.add((name, expert))
 
 
 def checksum(data: memoryview | bytes) -> int:
@@ -196,13 +205,54 @@ def checksum(data: memoryview | bytes) -> int:
         32 bits, unsigned.
     """
     view = memoryview(data).cast("B")
-    whole = len(view) // (8 * _ROW_WORDS) * (8 * _ROW_WORDS)
-    value = zlib.crc32(view[whole:], len(view) & 0xFFFFFFFF)
-    if whole:
-        table = np.frombuffer(view[:whole], "<u8").reshape(-1, _ROW_WORDS)
-        for axis in (0, 1):
-            value = zlib.crc32(table.sum(axis=axis, dtype="<u8").tobytes(), value)
-    return value
+    sums = _Sums(len(view))
+    sums.add(0, view)
+    return sums.value()
+
+
+class _Sums:
+    """What a checksum is computed from; pieces come in any order, each begins on a row."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._nbytes = nbytes
+        self._whole = nbytes // _ROW * _ROW
+        self._columns = np.zeros(_ROW_WORDS, "<u8")
+        self._rows = np.zeros(self._whole // _ROW, "<u8")
+        self._rest = b""
+
+    def add(self, offset: int, piece: memoryview) -> None:
+        inside = max(0, min(len(piece), self._whole - offset))
+        if offset + len(piece) > self._whole:
+            self._rest = bytes(piece[inside:])
+        if inside:
+            table = np.frombuffer(piece[:inside], "<u8").reshape(-1, _ROW_WORDS)
+            self._columns += table.sum(axis=0, dtype="<u8")
+            self._rows[offset // _ROW : (offset + inside) // _ROW] = table.sum(axis=1, dtype="<u8")
+
+    def value(self) -> int:
+        value = zlib.crc32(self._rest, self._nbytes & 0xFFFFFFFF)
+        if self._whole:
+            for sums in (self._columns, self._rows):
+                value = zlib.crc32(sums.tobytes(), value)
+        return value
+
+
+class PieceCheck:
+    """Looks at an expert's bytes piece by piece, in any order, from any thread; see :meth:`Pack.check_in_pieces`."""
+
+    def __init__(self, nbytes: int, verify: Callable[[int], None]) -> None:
+        self._sums = _Sums(nbytes)
+        self._verify = verify
+        self._lock = threading.Lock()
+
+    def add(self, offset: int, piece: memoryview) -> None:
+        """Take in bytes that begin at `offset`, a multiple of 4096 (or whatever is left at the end)."""
+        with self._lock:
+            self._sums.add(offset, piece)
+
+    def finish(self) -> None:
+        """Raise SidecarError when the bytes, now complete, are wrong."""
+        self._verify(self._sums.value())
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------

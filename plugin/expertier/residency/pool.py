@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
-from expertier.storage import StorageFile
+from expertier.residency.base import FloatArray, IntArray
+from expertier.storage import StorageFile, Transfer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,8 @@ class PlannedRead:
         Looks at the bytes that arrived, in an I/O thread, and raises when they are wrong.
     prepare : callable, optional
         Makes a piece of `view` ready, in an I/O thread, right before it is read into.
+    transfer : callable, optional
+        Brings the bytes where no read can; as in :class:`expertier.storage.ReadRequest`.
     """
 
     stage: int
@@ -38,6 +41,7 @@ class PlannedRead:
     needed: int
     check: Callable[[memoryview], None] | None = None
     prepare: Callable[[memoryview], None] | None = None
+    transfer: Transfer | None = None
 
 
 class ExpertPool(Protocol):
@@ -73,3 +77,15 @@ class ExpertPool(Protocol):
 
     def close(self) -> None:
         """Release everything."""
+
+
+KeepScores = Callable[[IntArray, int], FloatArray]
+"""Called with experts (numbered over all layers) and the layer that asks for room; who scores lowest leaves first."""
+
+
+@runtime_checkable
+class TieredPool(ExpertPool, Protocol):
+    """A pool with a tier of its own beneath, whose contents the manager's policy decides, too."""
+
+    def rank_by(self, scores: KeepScores) -> None:
+        """Take what ranks experts; it may be called only from :meth:`place` and :meth:`drop`."""

@@ -1,6 +1,6 @@
 """Reading experts from storage: direct files and prioritised I/O threads."""
 
 from expertier.storage.files import PAGE, IoMode, StorageFile
-from expertier.storage.scheduler import DEMAND, PREFETCH, IoScheduler, ReadRequest
+from expertier.storage.scheduler import DEMAND, PREFETCH, IoScheduler, ReadRequest, Transfer
 
-__all__ = ["DEMAND", "PAGE", "PREFETCH", "IoMode", "IoScheduler", "ReadRequest", "StorageFile"]
+__all__ = ["DEMAND", "PAGE", "PREFETCH", "IoMode", "IoScheduler", "ReadRequest", "StorageFile", "Transfer"]

@@ -16,6 +16,11 @@ PREFETCH = 1
 """Nobody waits yet; runs only when no demand chunk is queued."""
 
 
+Transfer = Callable[[int, int, int], None]
+"""Called as ``(start, stop, priority)`` with a chunk's range and the priority of its request at that moment, in an I/O
+thread and without locks; for memory that no file can be read into."""
+
+
 @dataclass(eq=False)
 class ReadRequest:
     """One contiguous read into memory, executed in chunks.
@@ -39,6 +44,8 @@ class ReadRequest:
         raises is the request's error.
     prepare : callable, optional
         Called with every chunk's memory before it is read into, in an I/O thread and without locks.
+    transfer : callable, optional
+        Brings a chunk into place instead of a read into `view`, which then only tells the length; see :data:`Transfer`.
     """
 
     file: StorageFile
@@ -49,6 +56,7 @@ class ReadRequest:
     priority: int = DEMAND
     check: Callable[[memoryview], None] | None = None
     prepare: Callable[[memoryview], None] | None = None
+    transfer: Transfer | None = None
     _next: int = field(default=0, repr=False)
     _in_flight: int = field(default=0, repr=False)
     _cancelled: bool = field(default=False, repr=False)
@@ -140,10 +148,13 @@ class IoScheduler:
                     queue.popleft()
             error: BaseException | None = None
             try:
-                chunk = request.view[start:stop]
-                if request.prepare is not None:
-                    request.prepare(chunk)
-                request.file.read_into(chunk, request.offset + start, min(stop, request.needed) - start)
+                if request.transfer is not None:
+                    request.transfer(start, stop, request.priority)
+                else:
+                    chunk = request.view[start:stop]
+                    if request.prepare is not None:
+                        request.prepare(chunk)
+                    request.file.read_into(chunk, request.offset + start, min(stop, request.needed) - start)
             except BaseException as caught:  # carried to whoever waits for this expert
                 error = caught
             with self._wake:
