@@ -9,26 +9,30 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from expertier.catalog import read_catalog
 from expertier.catalog.types import Catalog
 from expertier.cli.engines import EngineSettings, Finding, Session, StockVariant, Workloads
 from expertier.config import OffloadOptions
-from expertier.errors import UnsupportedEngineError, UnsupportedModelError, UnsupportedOptionError
+from expertier.errors import ExpertierError, UnsupportedEngineError, UnsupportedModelError, UnsupportedOptionError
 from expertier.telemetry import Stats
 from expertier_vllm.compat import CPU_BUILD, VERIFIED
-from expertier_vllm.metrics import Record, summed
-from expertier_vllm.offline import Steps, open_engine, prepare_environment
+from expertier_vllm.metrics import Record, substituted_mass, summed
+from expertier_vllm.offline import GIVEN_TOKENS, GivenText, Steps, open_engine, prepare_environment
 
 _CONTEXT = 4096
 _CACHE_BYTES = 512 << 20
-_GIVEN_TOKENS = "expertier_vllm.given:GivenTokens"
 
 
 class VllmSession:
     """A loaded ``vllm.LLM``."""
 
-    def __init__(self, llm: Any) -> None:
+    def __init__(self, llm: Any, expert_bytes: int) -> None:
         self._llm = llm
+        self._expert_bytes = expert_bytes  # of all experts, in the model's files
+        self._text: GivenText | None = None
 
     def mode_line(self) -> str:
         return "; ".join(str(record["mode"]) for record in self._records())
@@ -69,20 +73,31 @@ class VllmSession:
 
     def follow(self, tokens: Sequence[int], *, prompt: int) -> Iterator[None]:
         """Compute given tokens: `prompt` of them at once, then one after the other; yields after every step."""
-        from vllm import SamplingParams
+        self._text = GivenText(self._llm, tokens, prompt=prompt)
+        yield from self._text
 
-        from expertier_vllm.given import GIVEN
+    def logits(self) -> NDArray[np.float32]:
+        """Return logits after the last step of :meth:`follow`, shape ``(vocabulary,)``."""
+        assert self._text is not None
+        return self._text.logits
 
-        rest = list(tokens[prompt:])
-        given = SamplingParams(
-            temperature=0.0,
-            max_tokens=len(rest) + 1,  # what is sampled last is not computed
-            ignore_eos=True,
-            detokenize=False,
-            extra_args={GIVEN: rest},
-        )
-        for _ in Steps(self._llm, [tokens[:prompt]], given):
-            yield
+    def substituted(self) -> NDArray[np.float64]:
+        """Gate mass that stand-ins took over all decoded tokens so far, shape ``(layers,)``."""
+        return substituted_mass(self._records())
+
+    def resize(self, budget: int) -> None:
+        """Change the memory budget; bytes as the model's files have them."""
+        share = budget / self._expert_bytes
+        self._told("expertier_resize", round(share * self.stats().total_bytes))
+
+    def set_virtual(self, bias: float, protect: int) -> None:
+        """Change what residency is worth (0 is exact) and how many first experts are never replaced."""
+        self._told("expertier_set_virtual", bias, protect)
+
+    def _told(self, method: str, *arguments: Any) -> None:
+        for answer in self._llm.collective_rpc(method, args=arguments):
+            if error := answer.get("error"):
+                raise ExpertierError(error["problem"], error["remedy"])
 
     def note(self, values: Mapping[str, Any]) -> None:
         """Leave measurements in the trace that is being recorded."""
@@ -180,8 +195,9 @@ class VllmAdapter:
                 step_tokens=settings.n_ubatch,
                 requests=1,
                 cache_bytes=_CACHE_BYTES,
-                processors=() if options.trace is None else (_GIVEN_TOKENS,),
-            )
+                processors=(GIVEN_TOKENS,),
+            ),
+            catalog.total_expert_bytes,
         )
 
 

@@ -10,6 +10,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Final, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from expertier.budget import format_bytes
 from expertier.telemetry import PhaseCounters, Stats
 
@@ -90,6 +93,15 @@ def summed(records: Iterable[Record]) -> Stats:
     return total
 
 
+def substituted_mass(records: Sequence[Record]) -> NDArray[np.float64]:
+    """Gate mass that stand-ins took over all decoded tokens so far, shape ``(layers,)``; zeros where none may."""
+    virtual = records[0].get("virtual")  # workers that would choose differently are refused
+    if virtual is None:
+        return np.zeros(1)
+    mass: NDArray[np.float64] = np.array(virtual["substituted_mass"]) * max(virtual["tokens"], 1)
+    return mass
+
+
 def _add(total: Any, other: Any) -> None:
     for field in fields(total):
         value = getattr(other, field.name)
@@ -110,8 +122,9 @@ def report(records: Sequence[Record]) -> dict[str, Any]:
     Returns
     -------
     dict
-        ``workers``: one object per worker, with ``rank``, ``mode``, all counters and their ratios, and ``virtual``
-        (:class:`expertier.virtual.VirtualStats`, or null); ``sum``: the counters of all workers.
+        ``workers``: one object per worker, with ``rank``, ``mode``, all counters and their ratios, ``virtual``
+        (:class:`expertier.virtual.VirtualStats`) and ``quality`` (:class:`expertier.quality.controller.QualityStats`),
+        or null; ``sum``: the counters of all workers.
     """
     workers = [
         {
@@ -119,19 +132,26 @@ def report(records: Sequence[Record]) -> dict[str, Any]:
             "mode": record["mode"],
             **read_stats(record).as_dict(),
             "virtual": record.get("virtual"),
+            "quality": record.get("quality"),
         }
         for record in sorted(records, key=lambda record: int(record["rank"]))
     ]
     return {"workers": workers, "sum": summed(records).as_dict()}
 
 
-# What virtual experts tell (expertier.virtual.VirtualStats): name, kind, by layer, text.
-_VIRTUAL: Final = (
-    ("bias", "virtual_bias", "gauge", False, "What residency is worth, as a share of the router's range of scores."),
-    ("tokens", "virtual_tokens", "counter", False, "Tokens that may have been given stand-ins."),
-    ("exact_tokens", "virtual_exact_tokens", "counter", False, "Tokens that were computed without."),
-    ("substituted_share", "substituted_share", "gauge", True, "Share of the router's choices that were replaced."),
-    ("substituted_mass", "substituted_mass", "gauge", True, "Mean share of gate weights of what was replaced."),
+# What stand-ins and their budget tell (expertier.virtual.VirtualStats, expertier.quality.controller.QualityStats): of
+# which record, key, name, kind, by layer, text.
+_LOSSES: Final = (
+    ("virtual", "bias", "virtual_bias", "gauge", False, "What residency is worth, as a share of gate weight."),
+    ("virtual", "tokens", "virtual_tokens", "counter", False, "Tokens that may have been given stand-ins."),
+    ("virtual", "exact_tokens", "virtual_exact_tokens", "counter", False, "Tokens that were computed without."),
+    ("virtual", "substituted_share", "substituted_share", "gauge", True, "Share of choices that were replaced."),
+    ("virtual", "substituted_mass", "substituted_mass", "gauge", True, "Mean gate weight of what was replaced."),
+    ("quality", "calibrated_bias", "quality_calibrated_bias", "gauge", False, "The largest bias the profile covers."),
+    ("quality", "allowed", "quality_allowed", "gauge", False, "Relative increase of the perplexity that is allowed."),
+    ("quality", "estimated", "quality_estimated", "gauge", False, "What stand-ins cost now, by the proxy."),
+    ("quality", "spent", "quality_spent", "gauge", False, "What they have cost since the start, by the proxy."),
+    ("quality", "back_offs", "quality_back_offs", "counter", False, "How often the bias went down."),
 )
 
 
@@ -158,15 +178,17 @@ def collect(records: Iterable[Record]) -> Iterator[Metric]:
             else:
                 family.add_metric((rank,), definition.read(stats))
         yield family
-    told = [(str(record["rank"]), record["virtual"]) for record in records if record.get("virtual")]
-    for key, name, form, by_layer, text in _VIRTUAL if told else ():
+    for source, key, name, form, by_layer, text in _LOSSES:
+        told = [(str(record["rank"]), record[source]) for record in records if record.get(source)]
+        if not told:
+            continue
         kind = GaugeMetricFamily if form == "gauge" else CounterMetricFamily
         family = kind(PREFIX + name, text, labels=("rank", "layer") if by_layer else ("rank",))
-        for rank, virtual in told:
+        for rank, losses in told:
             if not by_layer:
-                family.add_metric((rank,), float(virtual[key]))
+                family.add_metric((rank,), float(losses[key]))
                 continue
-            for layer, value in zip(virtual["layers"], virtual[key], strict=True):
+            for layer, value in zip(losses["layers"], losses[key], strict=True):
                 family.add_metric((rank, str(layer)), float(value))
         yield family
 

@@ -10,13 +10,20 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
 
 from expertier_vllm.options import KEY
+
+GIVEN_TOKENS: Final = "expertier_vllm.given:GivenTokens"
+"""Logits processor that :class:`GivenText` needs."""
 
 
 def prepare_environment(threads: int) -> None:
@@ -166,6 +173,51 @@ class Steps:
                 answer.tokens += new
                 answer.at += [self.seconds] * len(new)
             yield outputs
+
+
+class GivenText:
+    """One text, forced upon an engine token by token, and what the model would have said instead.
+
+    Parameters
+    ----------
+    llm : vllm.LLM
+        An engine with :data:`GIVEN_TOKENS`.
+    tokens : sequence of int
+        The text.
+    prompt : int
+        So many of its tokens are computed at once.
+    """
+
+    def __init__(self, llm: Any, tokens: Sequence[int], *, prompt: int) -> None:
+        self._llm = llm
+        self._tokens = list(tokens)
+        self._prompt = prompt
+        self._vocabulary = int(llm.llm_engine.model_config.get_vocab_size())
+        self.logits: NDArray[np.float32] = np.zeros(0, np.float32)
+
+    def __iter__(self) -> Iterator[None]:
+        """Yield after every step, with what it said in :attr:`logits`, shape ``(vocabulary,)``."""
+        from vllm import SamplingParams
+
+        from expertier_vllm.given import GIVEN, LOGITS
+
+        rest = self._tokens[self._prompt :]
+        with tempfile.NamedTemporaryFile(prefix="expertier-logits-") as file:
+            given = SamplingParams(
+                temperature=0.0,
+                max_tokens=len(rest) + 1,  # what is sampled last is not computed
+                ignore_eos=True,
+                detokenize=False,
+                extra_args={GIVEN: rest, LOGITS: file.name},
+            )
+            done = 0
+            steps = Steps(self._llm, [self._tokens[: self._prompt]], given)
+            for _ in steps:
+                while done < len(steps.answers[0].tokens):
+                    place = 4 * done * self._vocabulary
+                    self.logits = np.fromfile(file.name, np.float32, self._vocabulary, offset=place)
+                    done += 1
+                    yield
 
 
 def greedy(tokens: int) -> Any:

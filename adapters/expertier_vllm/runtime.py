@@ -34,7 +34,7 @@ from expertier.errors import (
 from expertier.manager import Lease, ManagerConfig, OffloadManager, Phase
 from expertier.planning.governor import GovernorSettings, PressureGovernor
 from expertier.planning.memory import MemoryLimit, memory_left
-from expertier.quality.serving import read_quality_budget, words_of_losses
+from expertier.quality.serving import describe_losses, read_quality_budget, words_of_losses
 from expertier.residency.windows import WindowPool
 from expertier.routing import AheadLoader, GainGate, Lookahead, ProfileKeeper, RoutePredictor, Span, TraceRecorder
 from expertier.routing.opening import gate_mode, open_predictor, policy_for
@@ -96,13 +96,23 @@ class StepKind:
         Whether it serves requests; warm-ups and profiling runs do not.
     decode : bool
         Whether every request contributes one token.
-    exact : ndarray of bool, shape (requests,), or None
-        Requests of the pass, in its order, that may not be given stand-ins; ``None`` if none asked.
+    asked, prompt : ndarray of bool, shape (tokens,), or None
+        Tokens of requests that asked for exactness, and tokens of prompts; ``None`` where nobody needs to know.
     """
 
     real: bool
     decode: bool
-    exact: NDArray[np.bool_] | None = None
+    asked: NDArray[np.bool_] | None = None
+    prompt: NDArray[np.bool_] | None = None
+
+    def exact(self, tokens: int, *, prompts: bool) -> NDArray[np.bool_] | None:
+        """Which of so many tokens may not be given stand-ins, those of `prompts` among them; ``None``: all may."""
+        if self.asked is None or self.prompt is None:
+            return None
+        exact = self.asked | self.prompt if prompts else self.asked
+        if not exact.any():
+            return None
+        return np.pad(exact, (0, max(0, tokens - len(exact))), constant_values=True)  # what is beyond is padding
 
 
 class Runtime:
@@ -159,6 +169,7 @@ class Runtime:
         self.stepping = threading.Lock()
         self._pressure: PressureGovernor | None = None
         self._substituting = False
+        self._exact: NDArray[np.bool_] | None = None  # tokens of the step that may not be given stand-ins
         self._looked = False
         self._pack: Pack | None = None
         self._asked: int | None = None
@@ -169,7 +180,7 @@ class Runtime:
         self._kind = StepKind(real=False, decode=False)
         self._step_open = False
         self._everything: Lease | None = None  # all experts are resident, and pinned for this step
-        self._mode = ""
+        self._serving = False
 
     # ---- building and loading
 
@@ -425,8 +436,8 @@ class Runtime:
         self.manager.warm_up()
         self.manager.wait_until_filled()  # stock is ready when all experts are in memory, too
         self._watch_pressure(limit)
-        self._mode = self._mode_line()
-        print(self._mode, file=sys.stderr, flush=True)
+        self._serving = True
+        print(self._mode_line(), file=sys.stderr, flush=True)
 
     def _left(self, limit: MemoryLimit, promised: int) -> int:
         """Bytes that experts may hold in this worker."""
@@ -493,10 +504,38 @@ class Runtime:
 
     # ---- what others see
 
+    def set_virtual(self, bias: float, protect: int) -> dict[str, Any]:
+        """Change what residency is worth (0 is exact) and how many first experts of a token are never replaced.
+
+        Returns
+        -------
+        dict
+            Of :class:`expertier.virtual.VirtualStats`.
+
+        Raises
+        ------
+        UnsupportedOptionError
+            Without stand-ins from the start: routers ask for them only then.
+        VirtualExpertsError
+            The bias is not one.
+        """
+        if self.virtual is None:
+            raise UnsupportedOptionError(
+                "The model was loaded without stand-ins.", "Give a virtual bias, which may be 0."
+            )
+        self.virtual.bias = bias
+        self.virtual.settings = replace(self.virtual.settings, protect=protect)
+        return asdict(self.virtual.stats())
+
     def stats(self) -> dict[str, Any]:
-        """Counters as plain data: :meth:`expertier.telemetry.Stats.as_dict`, ``rank``, ``mode`` and ``virtual``."""
-        virtual = None if self.virtual is None else asdict(self.virtual.stats())
-        return {**self.manager.stats().as_dict(), "rank": self.facts.rank, "mode": self._mode, "virtual": virtual}
+        """Counters as plain data: :meth:`expertier.telemetry.Stats.as_dict`, ``rank``, ``mode``, and what was lost."""
+        return {
+            **self.manager.stats().as_dict(),
+            "rank": self.facts.rank,
+            "mode": self._mode_line() if self._serving else "",
+            "virtual": None,
+            **describe_losses(self.virtual, self._quality),
+        }
 
     def _mode_line(self) -> str:
         stats = self.manager.stats()
@@ -545,7 +584,7 @@ class Runtime:
         if self._ahead is not None and self._ahead.follows_tokens:
             decode = all(span.tokens is not None and len(span.tokens) == 1 for span in spans)
             # What a prediction would load while stand-ins are allowed is mostly what they stand in for.
-            lossy = self.virtual is not None and self.virtual.bias > 0
+            lossy = self.virtual is not None and self.virtual.allowed("decode")
             self._ahead.begin(spans, decode=decode and not lossy and not self.manager.complete)
 
     def choose(
@@ -573,15 +612,13 @@ class Runtime:
             self._begin(len(ids))
         if self._everything is not None:
             return weights, ids
-        if self._kind.real:  # the router's wishes decide who stays, whoever stands in
-            routes = ids.numpy().astype(np.int64)
-            self.manager.observe(stage.layer, routes)
-            if self.route_log is not None:
-                self.route_log.note(stage.position, routes)
+        routes = ids.numpy().astype(np.int64)
+        self._note_wishes(stage, routes)  # they decide who stays, whoever stands in
         if not self._substituting:
             return weights, ids
-        exact = self._kind.exact if self._kind.decode else None
-        return stand_in(self.virtual, self.manager, stage.layer, stage.scoring, logits, weights, ids, exact)
+        resident = self.manager.resident(stage.layer, arriving=True)
+        exact = self._exact
+        return stand_in(self.virtual, stage.layer, resident, stage.scoring, logits, weights, ids, routes, exact)
 
     def run(self, stage: ExpertStage, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Compute a layer's experts with stock's kernel, after bringing in those that are absent.
@@ -630,22 +667,27 @@ class Runtime:
         self, stage: ExpertStage, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor
     ) -> torch.Tensor:
         routes = ids.numpy().astype(np.int64)
-        if self._kind.real and self.virtual is None:
-            self.manager.observe(stage.layer, routes)
-            if self._recording is not None:
-                self._recording.layer(stage.layer, routes, weights, x)
-            if self.route_log is not None:
-                self.route_log.note(stage.position, routes)
+        if self.virtual is None:
+            self._note_wishes(stage, routes)
+        if self._recording is not None and self._kind.real:
+            self._recording.layer(stage.layer, routes, weights, x)
         capacity = self.manager.budget // self._slot[stage.layer]
         if routes.size > capacity and len(np.unique(routes)) > capacity:
             return self._run_groups(stage, x, weights, ids, routes, capacity)
         with self.manager.acquire(stage.layer, routes, wait=False) as lease:
             # What a prediction would load while stand-ins are allowed is mostly what they stand in for.
-            if self._ahead is not None and not self._substituting:
+            if self._ahead is not None and not (self._substituting and self._kind.decode):
                 self._ahead.after_router(stage.layer, routes, lambda: x.float().numpy(), decode=self._kind.decode)
             lease.wait()
             output: torch.Tensor = stage.module.compute_resident(x, weights, ids)
         return output
+
+    def _note_wishes(self, stage: ExpertStage, routes: NDArray[np.int64]) -> None:
+        """Tell what a layer's router chose."""
+        if self._kind.real:
+            self.manager.observe(stage.layer, routes)
+            if self.route_log is not None:
+                self.route_log.note(stage.position, routes)
 
     def _run_groups(
         self,
@@ -674,15 +716,11 @@ class Runtime:
         if self._everything is None:
             self.manager.begin_step(tokens, phase)
         self._step_open = True
-        self._substituting = self._may_substitute(tokens, phase)
-
-    def _may_substitute(self, tokens: int, phase: Phase) -> bool:
-        if self.virtual is None or not self._kind.real:
-            return False
-        if self._kind.exact is not None and (not self._kind.decode or len(self._kind.exact) != tokens):
-            with self.virtual.exactly():  # rows of a prompt are not told apart by request: the whole pass is exact
-                return self.virtual.begin_step(tokens, phase)
-        return self.virtual.begin_step(tokens, phase)
+        self._substituting = False
+        if self.virtual is not None and self._kind.real:
+            self._exact = self._kind.exact(tokens, prompts=not self.virtual.settings.prefill)
+            spared = 0 if self._exact is None else int(self._exact.sum())
+            self._substituting = self.virtual.begin_step(tokens, "decode", exact=spared)
 
     def _end(self, *, failed: bool = False) -> None:
         if self._step_open:

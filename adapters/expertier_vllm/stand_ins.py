@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from expertier.manager import OffloadManager
 from expertier.virtual import VirtualExperts
 
 
@@ -27,12 +26,13 @@ class RouterScoring(Protocol):
 
 def stand_in(
     virtual: VirtualExperts,
-    manager: OffloadManager,
     layer: int,
+    resident: NDArray[np.bool_],
     scoring: RouterScoring,
     logits: torch.Tensor,
     weights: torch.Tensor,
     ids: torch.Tensor,
+    routes: NDArray[np.int64],
     exact: NDArray[np.bool_] | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose the experts a layer computes with.
@@ -41,46 +41,48 @@ def stand_in(
     ----------
     virtual : VirtualExperts
         What is allowed.
-    manager : OffloadManager
-        Knows who is resident.
     layer : int
         The layer.
+    resident : ndarray of bool, shape (experts,)
+        Experts that cost no load; changed in place.
     scoring : RouterScoring
         Its router.
     logits : Tensor, shape (tokens, experts)
         What the router was given.
     weights, ids : Tensor of float32 and int32, shape (tokens, top_k)
         What it chose, in any order.
+    routes : ndarray of int64, shape (tokens, top_k)
+        The same as `ids`.
     exact : ndarray of bool, shape (tokens,), or None
-        Tokens of requests that asked for exactness.
+        Tokens that keep their experts. What they need is loaded whoever stands in, so others keep it, too.
 
     Returns
     -------
     weights, ids : Tensor
         The very tensors given when nothing is replaced; a token that keeps its experts keeps its weights bit by bit.
     """
-    routes = ids.numpy().astype(np.int64)
-    resident = manager.resident(layer, arriving=True)
+    tokens = None
+    if exact is not None:
+        resident[routes[exact]] = True
+        tokens = np.flatnonzero(~exact)
+        routes = routes[tokens]
     if resident[routes].all():
-        virtual.choose(layer, routes, resident, _not_asked)  # counts the wishes
+        virtual.count(layer, routes)
         return weights, ids
-    ranking = scoring.ranking(logits)
+    asked = logits if tokens is None else logits[torch.from_numpy(tokens)]
+    ranking = scoring.ranking(asked)
     rows = np.arange(len(routes))[:, None]
     best_first = np.argsort(-ranking[rows, routes], axis=1, kind="stable")
     ordered = routes[rows, best_first]
-    plain = scoring.probabilities(logits)[rows, ordered]
-    chosen = virtual.choose(layer, ordered, resident, lambda: (ranking, plain), exact=exact)
+    plain = scoring.probabilities(asked)[rows, ordered]
+    chosen = virtual.choose(layer, ordered, resident, lambda: (ranking, plain))
     if chosen is ordered:
         return weights, ids
     placed = np.empty_like(routes)
     placed[rows, best_first] = chosen
     changed = np.flatnonzero((placed != routes).any(axis=1))
+    of_changed = torch.from_numpy(changed if tokens is None else tokens[changed])
     new_ids, new_weights = ids.clone(), weights.clone()
-    of_changed = torch.from_numpy(changed)
     new_ids[of_changed] = torch.from_numpy(placed[changed]).to(ids.dtype)
     new_weights[of_changed] = scoring.weights(logits[of_changed], new_ids[of_changed]).to(weights.dtype)
     return new_weights, new_ids
-
-
-def _not_asked() -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    raise AssertionError("nothing is absent")

@@ -18,10 +18,11 @@ import numpy as np
 import psutil
 
 from expertier.comparison.job import answer_job
+from expertier.comparison.quality import DecodedLogits, wants_logits
 from expertier.errors import ExpertierError
 from expertier.telemetry import PhaseCounters, Stats
-from expertier_vllm.metrics import summed
-from expertier_vllm.offline import Steps, greedy, open_engine, prepare_environment
+from expertier_vllm.metrics import Record, substituted_mass, summed
+from expertier_vllm.offline import GIVEN_TOKENS, GivenText, Steps, greedy, open_engine, prepare_environment
 
 _CACHE_BYTES = 256 << 20
 _KERNELS = "eager"
@@ -56,6 +57,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         step_tokens=job["n_ubatch"],
         requests=max(job["requests"]),
         cache_bytes=_CACHE_BYTES,
+        processors=(GIVEN_TOKENS,) if wants_logits(job) else (),
     )
     load_seconds = time.perf_counter() - started
     try:
@@ -82,7 +84,7 @@ class _Measurement:
         first = self._serve([self._tokens(job["long_text"], 0, job["long_prompt"])], 1)
         loads = [self._alone()] + [self._together(count) for count in job["requests"] if count > 1]
         alone = loads[0]
-        return {
+        found = {
             "ttft_long_seconds": first.answers[0].at[0],
             "ttft_short_seconds": alone["ttft_seconds"],
             "token_seconds": alone["token_seconds"],
@@ -95,6 +97,36 @@ class _Measurement:
             "kernels": _KERNELS,
             "offload": self._offload(len(alone["token_seconds"])) if job["ours"] else None,
             "loads": [load for load in loads if load["requests"] in job["requests"]],
+        }
+        if wants_logits(job):
+            lossy = self._read_texts()
+            if found["offload"] is not None:
+                found["offload"] |= lossy
+        return found
+
+    def _read_texts(self) -> dict[str, Any]:
+        """Decode the texts as they are, after all that is timed, and leave what the model said to be judged.
+
+        Answers are another matter: after the first token that differs, they are answers to different texts.
+        """
+        before = self._records()
+        length, count = self._job["short_prompt"], self._job["tokens"]
+        with contextlib.closing(DecodedLogits(self._job)) as file:
+            for index, text in enumerate(self._job["texts"]):
+                tokens = self._tokens(text, 0, length + count)
+                given = GivenText(self._llm, tokens[:-1], prompt=length)
+                for place, _ in enumerate(given):
+                    if place:  # the first is what a prompt gives
+                        file.add(index, tokens[length + place], given.logits)
+        after = self._records()
+        if not after or after[0]["virtual"] is None:
+            return {}
+        decoded = len(self._job["texts"]) * (count - 1)
+        quality = after[0].get("quality") or {}
+        return {
+            "bias": after[0]["virtual"]["bias"],
+            "calibrated_bias": quality.get("calibrated_bias"),
+            "substituted": ((substituted_mass(after) - substituted_mass(before)) / decoded).tolist(),
         }
 
     def _alone(self) -> dict[str, Any]:
@@ -172,10 +204,15 @@ class _Measurement:
         return cut
 
     def _stats(self) -> Stats:
-        return summed(self._llm.collective_rpc("expertier_stats")) if self._job["ours"] else Stats()
+        return summed(self._records())
+
+    def _records(self) -> Sequence[Record]:
+        """What the workers count; nothing in stock."""
+        records: Sequence[Record] = self._llm.collective_rpc("expertier_stats") if self._job["ours"] else ()
+        return records
 
     def _offload(self, tokens: int) -> dict[str, Any]:
-        records = self._llm.collective_rpc("expertier_stats")
+        records = self._records()
         total, decode = summed(records), self._decode.decode
         return {
             "mode": "; ".join(record["mode"] for record in records),

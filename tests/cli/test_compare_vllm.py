@@ -23,18 +23,23 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(600)]
 ROOTS = os.pathsep.join(str(Path(__file__).parents[2] / name) for name in ("plugin", "adapters"))
 
 
-def test_stock_and_expertier_serve_several_requests_at_a_time_with_the_same_tokens(
+def test_several_requests_at_a_time_get_stocks_tokens_and_what_stand_ins_lose_is_measured_on_given_text(
     invoke: Callable[..., Any], invoke_json: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compare_module, "find_confinement", lambda: (None, {"cgroup v1": "Permission denied"}))
     model, out = write_hf(tmp_path / "tiny", HfSpec()), tmp_path / "out"
     data = invoke_json(
         "compare", model, "--engine", "vllm", "--limit", "none", "--out", out, "--repeats", 1, "--tokens", 8,
-        "--requests", 1, "--requests", 5, "--arms", "stock,expertier-25%", "--variant", "broken:budget=1KiB",
+        "--requests", 1, "--requests", 5, "--arms", "stock,expertier,expertier-quality-0.5", "--budget", "25%",
+        "--quality-budget", "0.5", "--variant", "broken:budget=1KiB",
     )  # fmt: skip
     record = read_comparison(out / "comparison.json")
     assert record.complete and record.settings.requests == (1, 5)
-    stock, ours = (arm.runs[0].figures for arm in record.arms)
+    stock, ours, soft = (arm.runs[0].figures for arm in record.arms)
+    assert soft is not None and soft.offload is not None and soft.quality is not None
+    assert soft.quality.tokens == 4 and soft.quality.kl > 0 and soft.offload.bias == 0.5
+    assert len(soft.offload.substituted) == record.model.layers and 0 < max(soft.offload.substituted) < 1
+    assert soft.quality.exact_cross_entropy > 0
     assert stock is not None and ours is not None and ours.offload is not None
     assert len(set(ours.choices)) > 4  # the comparison is not one of silence with silence
     assert ours.choices == stock.choices

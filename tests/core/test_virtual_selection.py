@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from expertier.errors import RouterScoresError, VirtualExpertsError
 from expertier.virtual import VirtualExperts, VirtualSettings, choose, close_groups, top_experts
+from expertier.virtual.selection import choose_together
 
 Case = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]
 
@@ -62,6 +63,21 @@ def test_a_choice_is_the_top_k_of_raised_scores(case: Case, bias: float, protect
     assert np.isin(chosen, np.flatnonzero(resident))[chosen != routes].all()
     assert (chosen[:, :protect] == routes[:, :protect]).all()
     assert not np.isneginf(np.take_along_axis(scores, chosen, 1)[chosen != routes]).any()
+
+
+@given(cases(), st.sampled_from([0.03, 0.3, 1.0, 5.0]), st.integers(0, 3))
+def test_what_one_token_brings_in_the_others_keep_and_nothing_more_is_loaded(
+    case: Case, bias: float, protect: int
+) -> None:
+    scores, resident, routes = case
+    weights = weights_of(scores, routes)
+    alone = choose(scores, resident, routes, weights, bias=bias, protect=protect)
+    together = choose_together(scores, resident, routes, weights, bias=bias, protect=protect)
+    brought = np.setdiff1d(alone, np.flatnonzero(resident))
+    assert np.isin(np.setdiff1d(together, np.flatnonzero(resident)), brought).all()
+    assert not ((together != routes) & (alone == routes)).any()
+    assert not np.isin(routes[together != routes], brought).any()
+    assert all(len(set(ids)) == len(ids) for ids in together.tolist())
 
 
 @given(cases())
@@ -182,11 +198,12 @@ def test_prompts_and_requests_that_ask_for_it_are_exact() -> None:
     assert virtual(prefill=True).begin_step(7, "prefill")
 
 
-def test_one_request_of_a_batch_can_be_exact() -> None:
+def test_exact_tokens_of_a_batch_are_counted_apart() -> None:
     experts = virtual()
-    experts.begin_step(2, "decode")
-    exact = np.array([True, False])
-    assert experts.choose(1, ROUTES, RESIDENT, lambda: (SCORES, WEIGHTS), exact=exact) is ROUTES
+    assert experts.begin_step(3, "decode", exact=2)
+    assert (experts.tokens, experts.exact_tokens) == (1, 2)
+    assert not experts.begin_step(2, "decode", exact=2)
+    assert (experts.tokens, experts.exact_tokens) == (1, 4)
 
 
 def test_the_bias_is_live_and_who_steers_it_is_called_after_every_step() -> None:

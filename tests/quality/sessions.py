@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,9 +39,15 @@ class TableSession:
     def tokenize(self, text: str) -> list[int]:
         return [ord(letter) % VOCABULARY for letter in text]
 
-    def read(self, tokens: Sequence[int], *, fresh: bool) -> None:
+    def follow(self, tokens: Sequence[int], *, prompt: int) -> Iterator[None]:
+        self._read(tokens[prompt - 1])
+        yield
+        for token in tokens[prompt:]:
+            self._read(token)
+            yield
+
+    def _read(self, last: int) -> None:
         mass = self._mass()
-        last = tokens[-1]
         self._row = (self.table[last] + np.float32(self.harm * mass) * self._noise[last]).astype(np.float32)
         self._substituted += mass
         self._stats.decode.tokens += 1

@@ -230,8 +230,8 @@ def test_without_a_profile_the_command_that_makes_one_is_named(catalog: Catalog)
         find_profile(catalog, None)
 
 
-def test_a_checkpoint_that_nothing_can_profile_yet_is_told_to_take_a_bias(catalog: Catalog) -> None:
-    with pytest.raises(QualityProfileError, match=r"give a bias, e\.g\. quality_budget=0\.1"):
+def test_for_a_checkpoint_the_command_names_the_engine_that_runs_it(catalog: Catalog) -> None:
+    with pytest.raises(QualityProfileError, match=r"expertier profile tiny\.gguf --quality --engine vllm --text FILES"):
         find_profile(replace(catalog, format="safetensors"), None)
 
 

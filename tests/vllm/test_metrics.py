@@ -88,18 +88,23 @@ def test_what_stand_ins_cost_is_exposed_by_layer_where_they_are_on() -> None:
         "substituted_share": [0.25, 0.5],
         "substituted_mass": [0.125, 0.0625],
     }
-    lossy = {**record(1), "virtual": virtual}
+    quality = {"calibrated_bias": 0.3, "allowed": 0.01, "estimated": 0.004, "spent": 0.003, "back_offs": 2}
+    lossy = {**record(1), "virtual": virtual, "quality": quality}
     text = expose([record(), lossy]).decode()
     found = samples(text)
     assert found["expertier_virtual_bias", "1"] == 0.1
     assert found["expertier_virtual_tokens_total", "1"] == 40
     assert found["expertier_virtual_exact_tokens_total", "1"] == 7
+    assert found["expertier_quality_calibrated_bias", "1"] == 0.3
+    assert found["expertier_quality_estimated", "1"] == 0.004
+    assert found["expertier_quality_back_offs_total", "1"] == 2
     assert 'expertier_substituted_share{layer="3",rank="1"} 0.5' in text
     assert 'expertier_substituted_mass{layer="1",rank="1"} 0.125' in text
     assert ("expertier_virtual_bias", "0") not in found
     assert b"substituted" not in expose([record()])
     workers = report([record(), lossy])["workers"]
     assert workers[0]["virtual"] is None and workers[1]["virtual"] == virtual
+    assert workers[0]["quality"] is None and workers[1]["quality"] == quality
 
 
 def test_the_sum_over_workers_has_ratios_of_the_sums() -> None:

@@ -79,7 +79,7 @@ def followed(model: str, trace: str) -> list[int]:
         cache_bytes=64 << 20,
         processors=("expertier_vllm.given:GivenTokens",),
     )
-    session = VllmSession(llm)
+    session = VllmSession(llm, 1)
     steps = [sum(1 for _ in session.follow(text, prompt=prompt)) for text, prompt in GIVEN]
     session.note({"domains": ["a", "b"]})
     session.close()

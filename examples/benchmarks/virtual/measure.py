@@ -108,8 +108,8 @@ def main() -> None:
                 session = open_model(options.model, budget, expert_virtual_hard="on") if bias == HARD else soft
                 if bias != HARD:
                     session.set_virtual(bias, protect)
-                for token in warm_up.tokens:
-                    session.read([token], fresh=token is warm_up.tokens[0])
+                for _ in session.follow(warm_up.tokens, prompt=1):
+                    pass
                 session.seconds.clear()
                 rows.append(row(session, evaluate(session, reference), budget, bias, protect))
                 print(json.dumps(rows[-1]), file=sys.stderr, flush=True)

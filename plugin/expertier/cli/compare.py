@@ -80,7 +80,7 @@ def compare(request: CompareRequest) -> None:
     parse_budget(request.options.budget, catalog.total_expert_bytes)  # a typing error shows now, not as failed arms
     limits = [parse_limit(text, catalog.file_bytes) for text in request.limits or usual.limits]
     requests = _requests(request, usual)
-    _check_quality(request, usual, catalog)
+    _check_quality(request, catalog)
     out = prepare_folder(request.out, "comparisons", RECORD)
     confinement, reasons = find_confinement()
     readahead = Readahead(request.model)
@@ -162,7 +162,7 @@ def compare(request: CompareRequest) -> None:
         timeout=request.timeout,
     )
     with tempfile.TemporaryDirectory(prefix="expertier-logits-") as folder:
-        lossy = usual.evidence == "logits" and any(arm.lossy for arm in arms)
+        lossy = any(arm.lossy for arm in arms)
         workload = replace(workload, logits=LogitsFolder(Path(folder) if lossy else None))
         runner = Runner(adapter, workload, confinement, readahead)
         comparison = _run(runner, comparison, catalog, out, workload.logits)
@@ -192,14 +192,10 @@ def _requests(request: CompareRequest, usual: Workloads) -> tuple[int, ...]:
     return tuple(sorted(set(request.requests)))
 
 
-def _check_quality(request: CompareRequest, usual: Workloads, catalog: Catalog) -> None:
+def _check_quality(request: CompareRequest, catalog: Catalog) -> None:
     """Refuse now what every arm with a quality budget would refuse."""
     if not request.quality_budgets:
         return
-    if usual.evidence != "logits":
-        raise UnsupportedOptionError(
-            f"Comparisons with {request.engine} cannot measure perplexity.", "Leave out --quality-budget."
-        )
     options = replace(request.options, virtual_bias=None, virtual_protect=None, virtual_hard="off")
     for text in request.quality_budgets:
         read_quality_budget(replace(options, quality_budget=text), catalog)

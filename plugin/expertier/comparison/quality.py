@@ -27,6 +27,11 @@ def is_lossy(settings: Mapping[str, Any]) -> bool:
     return parse_quality_budget(settings.get("quality_budget")).kind != "exact"
 
 
+def wants_logits(job: Mapping[str, Any]) -> bool:
+    """Whether a comparison has lossy arms, so that its workers' jobs say where logits go."""
+    return bool(job.get(_JOB))
+
+
 class DecodedLogits:
     """Writes the logits of every decoded token; a worker has one, and it does nothing unless its job says where to.
 
@@ -37,7 +42,7 @@ class DecodedLogits:
     """
 
     def __init__(self, job: Mapping[str, Any]) -> None:
-        self._file = open(job[_JOB], "wb") if job.get(_JOB) else None  # noqa: SIM115 - closed by close()
+        self._file = open(job[_JOB], "wb") if wants_logits(job) else None  # noqa: SIM115 - closed by close()
 
     def add(self, text: int, following: int, logits: NDArray[np.float32]) -> None:
         """Note what the model said before a token came."""

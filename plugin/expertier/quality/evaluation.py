@@ -9,7 +9,7 @@ in the likeliest token.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, Protocol
@@ -31,11 +31,11 @@ class TeacherForced(Protocol):
     def tokenize(self, text: str) -> list[int]:
         """Turn text into token ids, nothing added."""
 
-    def read(self, tokens: Sequence[int], *, fresh: bool) -> None:
-        """Compute one step over given tokens; `fresh` forgets those before."""
+    def follow(self, tokens: Sequence[int], *, prompt: int) -> Iterator[None]:
+        """Compute given tokens: `prompt` of them at once, then one after the other; yields after every step."""
 
     def logits(self) -> NDArray[np.float32]:
-        """Return logits after the last token read, shape ``(vocabulary,)``; valid until the next step."""
+        """Return logits after the last step of :meth:`follow`, shape ``(vocabulary,)``; valid until the next step."""
 
     def substituted(self) -> NDArray[np.float64]:
         """Sum over decoded tokens of the gate mass that stand-ins took, shape ``(layers,)``; zeros where none may."""
@@ -189,8 +189,7 @@ class Reference:
         self._file = tempfile.TemporaryFile(prefix="expertier-logits-")  # noqa: SIM115 - closed by close()
         rows = 0
         for text in self.texts:
-            for position, token in enumerate(text.tokens[:-1]):
-                session.read([token], fresh=position == 0)
+            for _ in session.follow(text.tokens[:-1], prompt=1):
                 row = np.ascontiguousarray(session.logits(), np.float32)
                 self._file.write(row.data)
                 rows += 1
@@ -235,16 +234,15 @@ def evaluate(
     advance : callable, optional
         Told after every token.
     """
-    for position, token in enumerate(warm_up):
-        session.read([token], fresh=position == 0)
+    for _ in session.follow(warm_up, prompt=1) if warm_up else ():
+        pass
     figures, row = [], 0
     for text in reference.texts:
         nll = exact_nll = divergence = 0.0
         agreed = 0
         stats, substituted = session.stats(), session.substituted().copy()
-        for position, token in enumerate(text.tokens[:-1]):
-            session.read([token], fresh=position == 0)
-            found = compare(session.logits(), reference.row(row), text.tokens[position + 1])
+        for following, _ in zip(text.tokens[1:], session.follow(text.tokens[:-1], prompt=1), strict=True):
+            found = compare(session.logits(), reference.row(row), following)
             nll += found.nll
             exact_nll += found.exact_nll
             divergence += found.kl

@@ -123,7 +123,7 @@ class QualityProfile:
 
     def command(self, share: float | None = None) -> str:
         """The command that measures (again, or at another memory budget)."""
-        return profile_command(self.model, share)
+        return profile_command(self.model, share, vllm=self.engine == "vLLM")
 
     def write(self, path: Path) -> None:
         """Write as JSON with a checksum; the file is complete or not there at all.
@@ -146,10 +146,16 @@ class QualityProfile:
             ) from error
 
 
-def profile_command(model: str, share: float | None = None) -> str:
+def profile_command(model: str, share: float | None = None, *, vllm: bool = False) -> str:
     """Tell the command that measures a quality profile."""
+    engine = " --engine vllm" if vllm else ""
     at = "" if share is None else f" --at {max(1, math.floor(100 * share))}%"
-    return f"expertier profile {model} --quality{at} --text FILES"
+    return f"expertier profile {model} --quality{engine}{at} --text FILES"
+
+
+def _command(catalog: Catalog) -> str:
+    # A model's files decide which engine runs it, and so does a profile, which belongs to those files.
+    return profile_command(catalog.path.name, vllm=catalog.format == "safetensors")
 
 
 def profile_paths(catalog: Catalog, sidecar_dir: str | None) -> list[Path]:
@@ -170,11 +176,9 @@ def find_profile(catalog: Catalog, sidecar_dir: str | None, *, policy: str | Non
     for path in profile_paths(catalog, sidecar_dir):
         if path.is_file():
             return read_profile(path, catalog, policy=policy)
-    remedy = f"Make one: {profile_command(catalog.path.name)}."
-    if catalog.format != "gguf":
-        remedy = "Profiles are measured with llama.cpp on GGUF files so far: give a bias, e.g. quality_budget=0.1."
     raise QualityProfileError(
-        f"A percentage of perplexity needs a quality profile, and there is none for {catalog.path.name}.", remedy
+        f"A percentage of perplexity needs a quality profile, and there is none for {catalog.path.name}.",
+        f"Make one: {_command(catalog)}.",
     )
 
 
@@ -195,7 +199,7 @@ def read_profile(path: Path, catalog: Catalog, *, policy: str | None = None) -> 
     QualityProfileError
         It cannot be read, has changed since it was written, or is of another model, version or policy.
     """
-    remedy = f"Make it again: {profile_command(catalog.path.name)}."
+    remedy = f"Make it again: {_command(catalog)}."
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -218,7 +222,7 @@ def read_profile(path: Path, catalog: Catalog, *, policy: str | None = None) -> 
     if policy is not None and policy != profile.policy:
         raise QualityProfileError(
             f"The quality profile {path} was measured with policy {profile.policy}, which decides who is absent.",
-            f"Use that policy, or make it again: {profile_command(catalog.path.name)} --policy {policy}.",
+            f"Use that policy, or make it again: {_command(catalog)} --policy {policy}.",
         )
     return profile
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
@@ -93,19 +94,22 @@ class QualityKeeper:
     def _cover(self, virtual: VirtualExperts, memory: int) -> None:
         self._at = memory
         share = memory / self._total
+        setting = Setting(bias=0.0, protect=virtual.settings.protect, loads_per_token=0.0)
         try:
             if virtual.hard:
                 check_hard(self.budget, self.profile, share)
-                return
-            setting = resolve(self.budget, self.profile, share)
+                setting = replace(setting, bias=math.inf)
+            else:
+                setting = resolve(self.budget, self.profile, share)
             self._uncovered = ""
         except QualityBudgetError as error:
             if not self._told:  # budget "auto" is less while a prompt is computed, every time
                 self._told = True
                 logger.warning("%s", error)
             self._uncovered = error.problem
-            setting = Setting(bias=0.0, protect=virtual.settings.protect, loads_per_token=0.0)
-        if not virtual.hard:
+        if virtual.hard:
+            virtual.bias = setting.bias
+        else:
             virtual.settings = replace(virtual.settings, protect=setting.protect)
             self._controller.covers(virtual, setting.bias)
 
@@ -124,7 +128,9 @@ def describe_losses(virtual: VirtualExperts | None, keeper: QualityKeeper | None
     found = {"virtual": asdict(virtual.stats())}
     if keeper is not None:
         found["quality"] = asdict(keeper.stats(virtual))
-    return {name: {**stats, "bias": None if virtual.hard else stats["bias"]} for name, stats in found.items()}
+    return {
+        name: {**stats, "bias": None if stats["bias"] == math.inf else stats["bias"]} for name, stats in found.items()
+    }
 
 
 def words_of_losses(virtual: VirtualExperts | None, keeper: QualityKeeper | None) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from expertier.config import OffloadOptions
 from expertier.errors import UnsupportedOptionError, VirtualExpertsError
 from expertier.residency.base import IntArray
-from expertier.virtual.selection import Bools, Floats, choose
+from expertier.virtual.selection import Bools, Floats, choose_together
 
 _TINY = 1e-30  # no gate weight at all
 
@@ -193,13 +193,12 @@ class VirtualExperts:
         """Whether a step that begins now may have stand-ins."""
         return self._bias > 0 and (phase == "decode" or self.settings.prefill) and not self._exact_requests
 
-    def begin_step(self, tokens: int, phase: Literal["decode", "prefill"]) -> bool:
-        """Start a step; whether its layers may be given stand-ins."""
-        self._substituting = self.allowed(phase)
-        if self._substituting:
-            self.tokens += tokens
-        else:
-            self.exact_tokens += tokens
+    def begin_step(self, tokens: int, phase: Literal["decode", "prefill"], *, exact: int = 0) -> bool:
+        """Start a step; whether its layers may be given stand-ins, but for `exact` of its tokens."""
+        self._substituting = self.allowed(phase) and exact < tokens
+        lossy = tokens - exact if self._substituting else 0
+        self.tokens += lossy
+        self.exact_tokens += tokens - lossy
         return self._substituting
 
     @property
@@ -213,8 +212,6 @@ class VirtualExperts:
         routes: IntArray,
         resident: Bools,
         router: Callable[[], tuple[Floats, Floats]],
-        *,
-        exact: Bools | None = None,
     ) -> IntArray:
         """Choose the experts that a layer computes with, and count what is replaced.
 
@@ -229,8 +226,6 @@ class VirtualExperts:
         router : callable
             Gives the router's scores, shape ``(tokens, experts)``, and its gate weights of `routes`, shape ``(tokens,
             top_k)``, as :func:`expertier.virtual.selection.choose` takes them; called only when an expert is absent.
-        exact : ndarray of bool, shape (tokens,), optional
-            Tokens of a batch whose requests asked for exactness.
 
         Returns
         -------
@@ -239,16 +234,14 @@ class VirtualExperts:
         """
         if not self._substituting:
             return routes
-        position = self._position[layer]
-        self.wishes[position] += routes.size
+        self.count(layer, routes)
         if resident[routes].all():
             return routes
+        position = self._position[layer]
         scores, weights = router()
-        chosen = choose(scores, resident, routes, weights, bias=self._bias, protect=self.settings.protect)
+        chosen = choose_together(scores, resident, routes, weights, bias=self._bias, protect=self.settings.protect)
         if chosen is routes:
             return routes
-        if exact is not None:
-            chosen = np.where(exact[:, None], routes, chosen)
         replaced = chosen != routes
         count = int(replaced.sum())
         if not count:
@@ -261,6 +254,10 @@ class VirtualExperts:
             shares = (weights * replaced).sum(axis=1) / np.maximum(weights.sum(axis=1), _TINY)
             self.mass[position] += float(shares.sum())
         return chosen
+
+    def count(self, layer: int, routes: IntArray) -> None:
+        """Count what a router chose; :meth:`choose` does it itself, and where nothing is absent nobody need choose."""
+        self.wishes[self._position[layer]] += routes.size
 
     def end_step(self) -> None:
         """End a step."""

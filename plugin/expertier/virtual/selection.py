@@ -87,6 +87,31 @@ def choose(
     return np.where(replaced, stand_in, routes)
 
 
+def choose_together(
+    scores: Floats, resident: Bools, routes: IntArray, weights: Floats, *, bias: float, protect: int = 0
+) -> IntArray:
+    """Choose experts for the tokens of one step, where what one of them brings in costs the others nothing.
+
+    Against :func:`choose` fewer experts are replaced, and no other is loaded.
+
+    Parameters
+    ----------
+    scores, resident, routes, weights, bias, protect
+        As for :func:`choose`.
+
+    Returns
+    -------
+    ndarray of int64, shape (tokens, top_k)
+        As from :func:`choose`.
+    """
+    chosen = choose(scores, resident, routes, weights, bias=bias, protect=protect)
+    if len(routes) == 1 or chosen is routes or resident[chosen].all():
+        return chosen
+    present = resident.copy()
+    present[chosen] = True
+    return choose(scores, present, routes, weights, bias=bias, protect=protect)
+
+
 def top_experts(scores: Floats, top_k: int) -> IntArray:
     """The router's own choice, best first, the lower index first among equals; shape ``(tokens, top_k)``."""
     return np.argsort(-scores, axis=1, kind="stable")[:, :top_k]

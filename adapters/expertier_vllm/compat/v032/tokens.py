@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from expertier.routing import Span
 
@@ -52,3 +54,30 @@ def _spans(runner: Any, input_ids: torch.Tensor | None) -> list[Span]:
         )
         for row, request in enumerate(batch.req_ids[: batch.num_reqs])
     ]
+
+
+def exact_tokens(runner: Any, asked: Callable[[str], bool]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Which tokens of the running forward pass are of certain requests, and which are of prompts.
+
+    Upstream: as above, and ``InputBatch.num_prompt_tokens``.
+
+    Parameters
+    ----------
+    runner : GPUModelRunner
+        The worker's.
+    asked : callable
+        Tells of a request, by its name, whether it is one of them.
+
+    Returns
+    -------
+    asked, prompt : ndarray of bool, shape (tokens,)
+    """
+    batch = runner.input_batch
+    count = batch.num_reqs
+    starts = runner.query_start_loc.np[: count + 1]
+    lengths = np.diff(starts)
+    chosen = np.array([asked(request) for request in batch.req_ids[:count]], bool)
+    # How many of a request's tokens in this pass belong to its prompt; they come first.
+    prompt = np.clip(batch.num_prompt_tokens[:count] - batch.num_computed_tokens_cpu[:count], 0, lengths)
+    places = np.arange(starts[-1]) - np.repeat(starts[:-1], lengths)
+    return np.repeat(chosen, lengths), places < np.repeat(prompt, lengths)

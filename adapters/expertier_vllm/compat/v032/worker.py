@@ -30,7 +30,7 @@ from expertier_vllm.board import Board, Reporter
 from expertier_vllm.compat.v032 import REGROUPING, SCHEDULER
 from expertier_vllm.compat.v032.failures import FailureExchange
 from expertier_vllm.compat.v032.scheduler import PROBLEM, ROUTES, wants_exactness
-from expertier_vllm.compat.v032.tokens import announce_tokens
+from expertier_vllm.compat.v032.tokens import announce_tokens, exact_tokens
 from expertier_vllm.experts import constructing, managed_class
 from expertier_vllm.options import VllmOptions
 from expertier_vllm.runtime import Runtime, StepKind, WorkerFacts
@@ -117,20 +117,15 @@ class ExpertierWorker(CPUWorker):  # type: ignore[misc]
             router.install(self.get_model())
 
     def _step_kind(self) -> StepKind:
-        """Also tell which requests must be exact: those that asked for it, and the last token of a prompt.
-
-        Upstream: ``GPUModelRunner.requests`` and ``.input_batch``: ``req_ids``, the order of requests in the batch,
-        ``num_computed_tokens_cpu`` and ``num_prompt_tokens``.
-        """
+        """Also tell which tokens are of requests that asked for exactness, and which are of prompts."""
         kind = _step_kind()
         if not kind.real or self.expertier.virtual is None:
             return kind
-        batch, requests = self.model_runner.input_batch, self.model_runner.requests
-        count = batch.num_reqs
-        exact = np.array([wants_exactness(requests[name].sampling_params) for name in batch.req_ids[:count]])
-        if kind.decode:  # rows of a longer prompt are not told apart, and it is exact as a whole
-            exact |= batch.num_computed_tokens_cpu[:count] < batch.num_prompt_tokens[:count]
-        return replace(kind, exact=exact) if exact.any() else kind
+        requests = self.model_runner.requests
+        asked, prompt = exact_tokens(
+            self.model_runner, lambda request: wants_exactness(requests[request].sampling_params)
+        )
+        return replace(kind, asked=asked, prompt=prompt)
 
     def _facts(self) -> WorkerFacts:
         parallel = self.vllm_config.parallel_config
@@ -248,6 +243,10 @@ class ExpertierWorker(CPUWorker):  # type: ignore[misc]
         """Complete the trace that this worker records, if it does; nothing is recorded from then on."""
         self.expertier.end_trace()
 
+    def expertier_set_virtual(self, bias: float, protect: int) -> dict[str, Any]:
+        """Change the bias of stand-ins; returns as :meth:`expertier_resize` does where it is refused."""
+        return _answered(lambda: self.expertier.set_virtual(bias, protect))
+
     def expertier_resize(self, budget: str | int) -> dict[str, Any]:
         """Change this worker's budget.
 
@@ -257,10 +256,14 @@ class ExpertierWorker(CPUWorker):  # type: ignore[misc]
             ``budget_bytes``, or ``error`` with its ``type``, ``problem`` and ``remedy``: as an exception, a refusal
             would reach the caller as a line of text inside another one.
         """
-        try:
-            return {"budget_bytes": self.expertier.resize(budget)}
-        except ExpertierError as error:
-            return {"error": {"type": type(error).__name__, "problem": error.problem, "remedy": error.remedy}}
+        return _answered(lambda: {"budget_bytes": self.expertier.resize(budget)})
+
+
+def _answered(call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return call()
+    except ExpertierError as error:
+        return {"error": {"type": type(error).__name__, "problem": error.problem, "remedy": error.remedy}}
 
 
 def _refused(name: str) -> Callable[..., None]:
