@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -252,6 +253,27 @@ def test_a_disk_that_fails_for_one_of_two_workers_blocks_neither_and_its_cause_i
     assert len(outcomes) == len(workers)
     for outcome in outcomes:
         check_that_only_those_requests_ended(outcome)
+
+
+def worker_that_is_killed(model: str) -> dict[str, Any]:
+    import psutil
+
+    with engine(model, "25%", tensor_parallel_size=2) as llm:
+        assert answer(llm)
+        boards = [json.loads(path.read_text()) for path in Path("/dev/shm").glob("expertier-*/*.json")]
+        ours = {child.pid for child in psutil.Process().children(recursive=True)}
+        first, second = (psutil.Process(board["pid"]) for board in boards if board["pid"] in ours)
+        second.kill()
+        error = error_of(lambda: answer(llm))
+        return {"error": error, "left": [process.pid for process in psutil.wait_procs([first], timeout=60)[1]]}
+
+
+def test_a_killed_worker_is_an_error_and_takes_the_other_one_with_it(tmp_path: Path) -> None:
+    outcome = run(
+        worker_that_is_killed, str(write_hf(tmp_path, SPEC)), environment={"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    )
+    assert outcome["error"].startswith("EngineDeadError")
+    assert outcome["left"] == []
 
 
 def budget_auto(model: str) -> dict[str, Any]:
