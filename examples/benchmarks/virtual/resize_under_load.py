@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import socket
 import statistics
 import subprocess
@@ -161,6 +162,7 @@ def main() -> None:
     parser.add_argument("--characters", type=int, default=160, help="Of a prompt.")
     parser.add_argument("--pause", type=float, default=0.5, help="Seconds between two changes of the budget.")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the server is ended, too
     texts = load_texts(options.text, options.model, decode=options.requests, characters=2 * options.characters).decode
     prompts = [
         texts[number % len(texts)].text[7 * number : 7 * number + options.characters]
