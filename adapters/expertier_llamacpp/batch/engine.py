@@ -15,7 +15,7 @@ from typing import Any
 import llama_cpp
 
 from expertier.errors import ManagerClosedError, RequestError, RequestTooLongError, UnsupportedOptionError
-from expertier.scheduling import Admission, PathBook, make_batcher
+from expertier.scheduling import CONTROL, Admission, PathBook, make_batcher
 from expertier_llamacpp.batch.loop import StepLoop
 from expertier_llamacpp.batch.progress import Bar, progress_bar
 from expertier_llamacpp.batch.requests import Output, Request, Sampling
@@ -99,7 +99,7 @@ class BatchEngine:
 
     def _set_up(self, llama: Llama, scheduling: str, *, owned: bool) -> None:
         layers = llama.catalog.layers
-        book = None if scheduling == "fcfs" else PathBook(len(layers), max(layer.experts for layer in layers))
+        book = None if scheduling == CONTROL else PathBook(len(layers), max(layer.experts for layer in layers))
         admission = Admission(make_batcher(scheduling), book)
         self.llama = llama
         self.offload = llama.offload
@@ -165,23 +165,26 @@ class BatchEngine:
     ) -> Iterator[Output]:
         outputs: queue.SimpleQueue[Output] = queue.SimpleQueue()
         pending: dict[int, ActiveSequence] = {}
-        index = 0
+        numbered = enumerate(prompts)
         more = True
+
+        def refill() -> bool:
+            """Take prompts from the caller; whether there may be more."""
+            while len(pending) < self.max_sequences + _AHEAD:
+                index, prompt = next(numbered, (-1, ""))
+                if index < 0:
+                    return False
+                try:
+                    request = prompt if isinstance(prompt, Request) else replace(template, prompt=prompt)
+                    pending[index] = self._submit_text(request, index, outputs.put, stream=stream)
+                except RequestError as error:
+                    outputs.put(Output(index=index, piece="", text="", finish_reason="error", error=error))
+            return True
+
         with shown as bar:
             try:
                 while more or pending or not outputs.empty():
-                    while more and len(pending) < self.max_sequences + _AHEAD:
-                        try:
-                            prompt = next(prompts)
-                        except StopIteration:
-                            more = False
-                            break
-                        try:
-                            request = prompt if isinstance(prompt, Request) else replace(template, prompt=prompt)
-                            pending[index] = self._submit_text(request, index, outputs.put, stream=stream)
-                        except RequestError as error:
-                            outputs.put(Output(index=index, piece="", text="", finish_reason="error", error=error))
-                        index += 1
+                    more = more and refill()
                     if pending and outputs.empty() and self._thread is None:
                         self.step()
                     while pending or not outputs.empty():

@@ -155,7 +155,7 @@ class StepLoop:
         if not self._waiting or len(self._running) >= self.max_sequences:
             return
         resident = None
-        if not self._admission.in_order and self._admission.book is not None:
+        if self._admission.compares and self._admission.book is not None:
             resident = resident_experts(self._manager, self._layers, self._admission.book.experts)
         for number in self._admission.propose(self.max_sequences - len(self._running), resident=resident):
             sequence = self._waiting[number]  # type: ignore[index]

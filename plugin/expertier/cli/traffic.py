@@ -15,8 +15,9 @@ from expertier.cli.options import print_json
 from expertier.cli.simulate import USUAL_LATENCY, recorded_timing, replay_progress
 from expertier.errors import BudgetError, UnsupportedOptionError
 from expertier.routing import read_trace
+from expertier.scheduling import CONTROL
 from expertier.simulation.requests import Texts
-from expertier.simulation.scheduling import CONTROL, RATIOS, TrafficPlan, TrafficRecord, TrafficSimulator, check_arms
+from expertier.simulation.scheduling import RATIOS, TrafficPlan, TrafficRecord, TrafficSimulator, check_arms
 from expertier.simulation.timing import Timing
 from expertier.simulation.traffic_figure import draw_traffic
 

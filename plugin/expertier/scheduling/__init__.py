@@ -3,11 +3,12 @@
 from expertier.scheduling.admission import Admission, AdmissionStats, Fairness
 from expertier.scheduling.base import Batcher, Round
 from expertier.scheduling.paths import PathBook, resident_experts
-from expertier.scheduling.registry import BATCHERS, make_batcher
+from expertier.scheduling.registry import BATCHERS, CONTROL, make_batcher
 from expertier.scheduling.worth import Worth
 
 __all__ = [
     "BATCHERS",
+    "CONTROL",
     "Admission",
     "AdmissionStats",
     "Batcher",

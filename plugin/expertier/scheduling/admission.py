@@ -129,6 +129,11 @@ class Admission:
         """Whether requests are served in the order of arrival whatever they use: nobody has to observe anything."""
         return self.book is None or isinstance(self.batcher, FirstCome)
 
+    @property
+    def compares(self) -> bool:
+        """Whether :meth:`propose` would compare requests now: only then has anybody to know what is resident."""
+        return len(self._waiting) > 1 and not self.in_order and self.worth.on
+
     # ---- requests come and go
 
     def arrive(self, request: Hashable, tokens: Iterable[int] = (), *, priority: int = 0) -> None:
@@ -243,7 +248,7 @@ class Admission:
         queue = sorted(self._waiting.values(), key=lambda entry: entry.order)
         if room <= 0 or not queue:
             return []
-        if len(queue) == 1 or self.in_order or not self.worth.on:
+        if not self.compares:
             return [entry.request for entry in queue[:room]]
         chosen: list[_Waiting] = []
         while queue and len(chosen) < room:

@@ -9,8 +9,11 @@ from expertier.scheduling.base import Batcher
 from expertier.scheduling.fcfs import FirstCome
 from expertier.scheduling.strategies import Balanced, Greedy, Random, Similarity
 
+CONTROL = FirstCome.name
+"""What the others are compared with."""
+
 BATCHERS: dict[str, Callable[[], Batcher]] = {
-    "fcfs": FirstCome,
+    CONTROL: FirstCome,
     "similarity": Similarity,
     "greedy": Greedy,
     "balanced": Balanced,

@@ -15,13 +15,12 @@ from numpy.typing import NDArray
 from expertier.errors import UnsupportedOptionError
 from expertier.residency.base import IntArray
 from expertier.routing.trace_format import TraceHeader
-from expertier.scheduling import BATCHERS, Admission, PathBook, Worth, make_batcher
+from expertier.scheduling import BATCHERS, CONTROL, Admission, PathBook, Worth, make_batcher
 from expertier.simulation.requests import RecordedRequest, Texts, Traffic, cut_requests, poisson
 from expertier.simulation.timing import Timing
 from expertier.simulation.traffic import Served, serve
 
 SCHEMA = "expertier-traffic/1"
-CONTROL = "fcfs"
 ORACLE = "domains"
 ARMS = (*BATCHERS, ORACLE)
 

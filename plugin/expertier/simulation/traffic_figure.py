@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from expertier.scheduling import CONTROL
 from expertier.simulation.figure import COLOURS, FAINT, INK, name_axes, style
-from expertier.simulation.scheduling import CONTROL, TrafficRecord
+from expertier.simulation.scheduling import TrafficRecord
 
 _PANELS = (
     ("loads_per_token", "Loads per token", "experts loaded per token of output; lower is better"),

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from vllm.v1.core.sched.request_queue import RequestQueue, SchedulingPolicy
 
 from expertier.errors import UnsupportedOptionError
-from expertier.scheduling import Admission, PathBook, make_batcher
+from expertier.scheduling import CONTROL, Admission, PathBook, make_batcher
 from expertier_vllm.compat.v032.scheduler import ROUTES, ExpertierScheduler
 from expertier_vllm.options import KEY, VllmOptions
 from expertier_vllm.route_log import StepRoutes
@@ -96,7 +96,7 @@ class RegroupingScheduler(ExpertierScheduler):
     @property
     def stock_order(self) -> bool:
         """Whether vLLM's own order stays."""
-        return bool(self.admission.batcher.name == "fcfs")
+        return bool(self.admission.batcher.name == CONTROL)
 
     # ---- requests come and go
 
@@ -123,7 +123,7 @@ class RegroupingScheduler(ExpertierScheduler):
 
     def _prefer(self) -> None:
         room = self.max_num_active_reqs - len(self.running) - self.num_waiting_for_streaming_input
-        if self.stock_order or room <= 0 or len(self.waiting) <= room:
+        if not self.admission.compares or room <= 0 or len(self.waiting) <= room:
             return
         place = {request: index for index, request in enumerate(self.admission.propose(room, resident=self._resident))}
         # Whoever ran before and was preempted does not wait for admission: it goes first, as in stock.

@@ -25,6 +25,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 
 from expertier.errors import ExpertierError, ExpertLoadError, UnsupportedOptionError
 from expertier.planning.memory import process_memory, reset_peak
+from expertier.scheduling import CONTROL
 from expertier_vllm import refusals
 from expertier_vllm.board import Board, Reporter
 from expertier_vllm.compat.v032 import REGROUPING, SCHEDULER
@@ -109,7 +110,7 @@ class ExpertierWorker(CPUWorker):  # type: ignore[misc]
         self._check_all_managed()
         self.expertier.finish_loading(_norms(self.get_model()))
         announce_tokens(self.model_runner, self.expertier.announce)
-        if self.vllm_config.scheduler_config.scheduler_cls == REGROUPING:
+        if self.vllm_config.scheduler_config.scheduler_cls == REGROUPING and options.scheduler != CONTROL:
             self.expertier.log_routes()
         if self.expertier.virtual is not None:
             from expertier_vllm.compat.v032 import router
