@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from expertier.catalog.gguf import read_layout
 from expertier.catalog.types import Catalog
 from expertier.cli.engines import EngineSettings, Finding, Session, StockVariant, Workloads
+from expertier.comparison.schedulers import TrafficServer
 from expertier.config import OffloadOptions
 from expertier.errors import ExpertierError, UnsupportedEngineError, UnsupportedOptionError
 from expertier.residency import pages
@@ -212,6 +213,15 @@ class LlamaCppAdapter:
                 verbose=False,
                 **own,
             )
+        )
+
+    def open_traffic(
+        self, model: Path, options: OffloadOptions, settings: EngineSettings, *, batch: int, context: int
+    ) -> TrafficServer:
+        from expertier_llamacpp.traffic import BatchTraffic
+
+        return BatchTraffic(
+            model, options, batch=batch, context=context, step_tokens=settings.n_ubatch, threads=settings.threads
         )
 
 

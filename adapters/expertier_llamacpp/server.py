@@ -41,7 +41,7 @@ from llama_cpp.server.settings import ModelSettings, ServerSettings
 from expertier.config import OffloadOptions
 from expertier.errors import ExpertierError, UnsupportedOptionError
 from expertier.quality.serving import describe_losses
-from expertier.scheduling import BATCHERS
+from expertier.scheduling import BATCHERS, Fairness
 from expertier_llamacpp.batch import BatchEngine
 from expertier_llamacpp.batch.routes import batch_router
 from expertier_llamacpp.exact import ExactnessMiddleware
@@ -83,6 +83,16 @@ class _ServedModel(ModelSettings):
     )
     scheduling: str = pydantic.Field(
         default="fcfs", description=f"Who joins next when more wait: {', '.join(BATCHERS)} (with max_sequences)."
+    )
+
+    fairness_overtaken: int | None = pydantic.Field(  # the stock command line understands typing.Union only
+        default=None, description="Later requests that may join before one that waits (default: 64)."
+    )
+    fairness_steps: int | None = pydantic.Field(
+        default=None, description="Steps after its turn from which on nobody overtakes a request (default: 2048)."
+    )
+    fairness_seconds: float | None = pydantic.Field(
+        default=None, description="The same in seconds (default: no limit)."
     )
 
 
@@ -154,7 +164,8 @@ def create_app(server: ServerSettings, models: Sequence[ModelSettings]) -> FastA
 
     model = None if stock_app._llama_proxy is None else stock_app._llama_proxy._current_model
     if together is not None and isinstance(model, Llama):
-        engine = BatchEngine.over(model, scheduling=together.scheduling)
+        fairness = Fairness.from_options(together.model_dump())
+        engine = BatchEngine.over(model, scheduling=together.scheduling, fairness=fairness)
         engine.start()
         app.state.batch_engine = engine
         stock_routes = list(app.router.routes)

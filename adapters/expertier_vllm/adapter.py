@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from expertier.catalog import read_catalog
 from expertier.catalog.types import Catalog
 from expertier.cli.engines import EngineSettings, Finding, Session, StockVariant, Workloads
+from expertier.comparison.schedulers import TrafficServer
 from expertier.config import OffloadOptions
 from expertier.errors import ExpertierError, UnsupportedEngineError, UnsupportedModelError, UnsupportedOptionError
 from expertier.telemetry import Stats
@@ -198,6 +199,15 @@ class VllmAdapter:
                 processors=(GIVEN_TOKENS,),
             ),
             catalog.total_expert_bytes,
+        )
+
+    def open_traffic(
+        self, model: Path, options: OffloadOptions, settings: EngineSettings, *, batch: int, context: int
+    ) -> TrafficServer:
+        from expertier_vllm.traffic import VllmTraffic
+
+        return VllmTraffic(
+            model, options, batch=batch, context=context, step_tokens=settings.n_ubatch, threads=settings.threads
         )
 
 

@@ -11,7 +11,8 @@ from expertier.budget import parse_budget
 from expertier.config import OffloadOptions
 from expertier.errors import UnsupportedOptionError
 from expertier.quality.budget import parse_quality_budget
-from expertier.scheduling import BATCHERS
+from expertier.scheduling import BATCHERS, Fairness
+from expertier.scheduling.fairness import OPTIONS as FAIRNESS
 
 KEY: Final = "expertier"
 """Key in ``--additional-config`` that turns Expertier on."""
@@ -31,11 +32,14 @@ class VllmOptions:
     scheduler : str or None
         Who of the waiting requests joins: a key of :data:`expertier.scheduling.BATCHERS`. ``None`` is vLLM's order, or
         ``greedy`` where ``--scheduler-cls`` names ``expertier_vllm.RegroupingScheduler``.
+    fairness : Fairness
+        How far that may set a request back: ``fairness_overtaken``, ``fairness_steps`` and ``fairness_seconds``.
     """
 
     offload: OffloadOptions = field(default_factory=OffloadOptions)
     budget_endpoint: bool = False
     scheduler: str | None = None
+    fairness: Fairness = field(default_factory=Fairness)
 
     @property
     def lossy(self) -> bool:
@@ -72,11 +76,12 @@ class VllmOptions:
                 f"additional_config[{KEY!r}] is {given!r}, not an object.",
                 f"""Write --additional-config '{{"{KEY}": {{"budget": "50%"}}}}'.""",
             )
-        own = {option.name for option in fields(cls)} - {"offload"}
+        own = {option.name for option in fields(cls)} - {"offload", "fairness"}
         shared = {option.name for option in fields(OffloadOptions)}
+        known = {*own, *shared, *FAIRNESS}
         for name in given:
-            if name not in own | shared:
-                raise _unknown(str(name), sorted(own | shared))
+            if name not in known:
+                raise _unknown(str(name), sorted(known))
         offload = OffloadOptions.from_mapping({name: given[name] for name in given if name in shared})
         if offload.repack == "off":
             raise UnsupportedOptionError(
@@ -88,7 +93,11 @@ class VllmOptions:
                 "virtual_hard is not possible in vLLM yet.", "Use virtual_bias: resident experts are then preferred."
             )
         parse_budget(offload.budget, 1 << 60)  # a slip of the pen is told before any work
-        return cls(offload=offload, **{name: _own(name, given[name]) for name in given if name in own})
+        return cls(
+            offload=offload,
+            fairness=Fairness.from_options(given),
+            **{name: _own(name, given[name]) for name in given if name in own},
+        )
 
 
 def _own(name: str, value: Any) -> Any:

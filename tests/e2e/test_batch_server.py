@@ -187,7 +187,12 @@ def test_stats_tell_what_the_engine_does(server: Server) -> None:
 
 @pytest.mark.parametrize(
     ("option", "words"),
-    [("--embedding=true", "embedding"), ("--cache=true", "cache"), ("--max_sequences=0", "max_sequences")],
+    [
+        ("--embedding=true", "embedding"),
+        ("--cache=true", "cache"),
+        ("--max_sequences=0", "max_sequences"),
+        ("--fairness_steps=-1", "fairness_steps=-1"),
+    ],
 )
 def test_what_cannot_be_beside_many_sequences_is_refused_at_start(model: Path, option: str, words: str) -> None:
     assert words in _refusal("--model", model, "--max-sequences", "4", option)

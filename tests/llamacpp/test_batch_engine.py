@@ -194,6 +194,13 @@ def test_a_common_beginning_is_computed_once(load: Load) -> None:
     assert engine.stats().reused_tokens == 8 * 100
 
 
+def test_a_request_whose_leader_is_over_computes_its_prompt_itself(load: Load) -> None:
+    engine = load()
+    prompt = list(range(100))
+    outputs = engine.generate([prompt] * 4, max_tokens=1, temperature=0)  # the leader ends with its prompt
+    assert [len(output.tokens) for output in finished(outputs)] == [1] * 4
+
+
 def test_steps_get_smaller_until_their_experts_fit_the_budget(model: Path, load: Load) -> None:
     engine = load(expert_budget=sizes(model).token)
     outputs = finished(engine.generate(PROMPTS, max_tokens=6, temperature=0))

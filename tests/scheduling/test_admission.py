@@ -147,6 +147,42 @@ def test_a_request_that_waited_long_enough_after_its_turn_goes_first():
     assert take(admission, 1) == [0]
 
 
+@pytest.mark.parametrize(
+    ("limit", "value"),
+    [
+        ("overtaken", -1),
+        ("overtaken", 1.5),
+        ("steps", True),
+        ("seconds", float("nan")),
+        ("seconds", "soon"),
+        ("steps", "x"),
+    ],
+)
+def test_a_limit_that_is_none_is_refused_with_its_name(limit, value):
+    with pytest.raises(UnsupportedOptionError, match=f"fairness_{limit}="):
+        Fairness.from_options({f"fairness_{limit}": value})
+
+
+def test_limits_come_from_options_then_from_the_environment(monkeypatch):
+    monkeypatch.setenv("EXPERTIER_FAIRNESS_STEPS", "7")
+    monkeypatch.setenv("EXPERTIER_FAIRNESS_OVERTAKEN", "9")
+    chosen = Fairness.from_options({"fairness_overtaken": 3, "fairness_seconds": None, "budget": "50%"})
+    assert chosen == Fairness(overtaken=3, steps=7)
+    monkeypatch.setenv("EXPERTIER_FAIRNESS_STEPS", "many")
+    with pytest.raises(UnsupportedOptionError, match="EXPERTIER_FAIRNESS_STEPS"):
+        Fairness.from_options({})
+
+
+def test_nobody_knows_what_is_resident_where_nobody_is_compared():
+    admission = Admission(Whim(0), taught_book())
+    admission.arrive("only", [1])
+    assert not admission.compares
+    admission.arrive("another", [2])
+    assert admission.compares
+    admission.worth = Worth("off")
+    assert not admission.compares
+
+
 def test_who_is_cancelled_does_not_delay_the_turn_of_those_behind():
     clock = Clock()
     admission = Admission(NewestFirst(), taught_book(), worth=Worth("on"), fairness=Fairness(seconds=1.0), clock=clock)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from expertier.errors import BudgetError, ExpertierError, UnsupportedOptionError
+from expertier.scheduling import Fairness
 from expertier_vllm.options import VllmOptions
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,7 +54,7 @@ def test_a_key_like_nothing_known_is_refused_with_the_list() -> None:
     with pytest.raises(UnsupportedOptionError) as caught:
         VllmOptions.from_additional_config({"expertier": {"zzz": 1}})
     assert "Did you mean" not in str(caught.value)
-    assert "budget, budget_endpoint, config, governor, half_life" in str(caught.value)
+    assert "budget, budget_endpoint, config, fairness_overtaken, fairness_seconds" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -66,6 +67,7 @@ def test_a_key_like_nothing_known_is_refused_with_the_list() -> None:
         ({"budget_endpoint": "yes"}, UnsupportedOptionError),
         ({"scheduler": "best"}, UnsupportedOptionError),
         ({"scheduler": ["greedy"]}, UnsupportedOptionError),
+        ({"fairness_steps": -1}, UnsupportedOptionError),
         ({"repack": "off"}, UnsupportedOptionError),
         ({"budget": "8 bananas"}, BudgetError),
         ({"budget": "101%"}, BudgetError),
@@ -75,6 +77,13 @@ def test_a_key_like_nothing_known_is_refused_with_the_list() -> None:
 def test_values_that_cannot_be_are_refused(given: object, error: type[ExpertierError]) -> None:
     with pytest.raises(error):
         VllmOptions.from_additional_config({"expertier": given})
+
+
+def test_how_far_regrouping_may_set_a_request_back_is_an_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EXPERTIER_FAIRNESS_SECONDS", "2.5")
+    options = VllmOptions.from_additional_config({"expertier": {"scheduler": "greedy", "fairness_overtaken": 3}})
+    assert options is not None
+    assert options.fairness == Fairness(overtaken=3, seconds=2.5)
 
 
 def test_the_environment_gives_defaults_and_does_not_turn_it_on(monkeypatch: pytest.MonkeyPatch) -> None:

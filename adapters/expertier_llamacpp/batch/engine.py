@@ -15,7 +15,7 @@ from typing import Any
 import llama_cpp
 
 from expertier.errors import ManagerClosedError, RequestError, RequestTooLongError, UnsupportedOptionError
-from expertier.scheduling import CONTROL, Admission, PathBook, make_batcher
+from expertier.scheduling import CONTROL, Admission, Fairness, PathBook, make_batcher
 from expertier_llamacpp.batch.loop import StepLoop
 from expertier_llamacpp.batch.progress import Bar, progress_bar
 from expertier_llamacpp.batch.requests import Output, Request, Sampling
@@ -41,6 +41,8 @@ class BatchEngine:
         Sequences that run at a time; others wait.
     scheduling : str, default "fcfs"
         Who of those that wait joins next, a key of :data:`expertier.scheduling.BATCHERS`.
+    fairness : Fairness, optional
+        How far a request may fall behind the order of arrival for the others' sake.
     n_ctx : int, default 512
         KV memory in tokens. All running sequences share it, and cells of a common beginning are used once. A request
         may be as long as all of it.
@@ -81,26 +83,34 @@ class BatchEngine:
     ...     print(output.index, output.text)
     """
 
-    def __init__(self, model_path: str, *, max_sequences: int = 8, scheduling: str = "fcfs", **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model_path: str,
+        *,
+        max_sequences: int = 8,
+        scheduling: str = "fcfs",
+        fairness: Fairness | None = None,
+        **kwargs: Any,
+    ) -> None:
         for name in ("embedding", "draft_model"):
             if kwargs.get(name):
                 raise UnsupportedOptionError(
                     f"{name} needs a context for itself.", "Use expertier_llamacpp.Llama for it."
                 )
         make_batcher(scheduling)  # a slip of the pen is told before any work
-        self._set_up(Llama(model_path, max_sequences=max_sequences, **kwargs), scheduling, owned=True)
+        self._set_up(Llama(model_path, max_sequences=max_sequences, **kwargs), scheduling, fairness, owned=True)
 
     @classmethod
-    def over(cls, llama: Llama, *, scheduling: str = "fcfs") -> BatchEngine:
+    def over(cls, llama: Llama, *, scheduling: str = "fcfs", fairness: Fairness | None = None) -> BatchEngine:
         """Run on a model that was loaded with ``max_sequences``; it stays open when the engine is closed."""
         engine = cls.__new__(cls)
-        engine._set_up(llama, scheduling, owned=False)
+        engine._set_up(llama, scheduling, fairness, owned=False)
         return engine
 
-    def _set_up(self, llama: Llama, scheduling: str, *, owned: bool) -> None:
+    def _set_up(self, llama: Llama, scheduling: str, fairness: Fairness | None, *, owned: bool) -> None:
         layers = llama.catalog.layers
         book = None if scheduling == CONTROL else PathBook(len(layers), max(layer.experts for layer in layers))
-        admission = Admission(make_batcher(scheduling), book)
+        admission = Admission(make_batcher(scheduling), book, fairness=fairness or Fairness.from_options({}))
         self.llama = llama
         self.offload = llama.offload
         self._owned = owned

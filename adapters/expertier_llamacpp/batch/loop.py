@@ -55,6 +55,7 @@ class StepLoop:
     def __init__(self, llama: Llama, admission: Admission) -> None:
         self._manager = llama.offload
         self._layers = [layer.layer for layer in llama.catalog.layers]
+        self._width = max(layer.experts for layer in llama.catalog.layers)
         self._routes: RouteLog | None = None
         if admission.book is not None:
             self._routes = RouteLog(self._layers, max(layer.top_k for layer in llama.catalog.layers))
@@ -155,8 +156,8 @@ class StepLoop:
         if not self._waiting or len(self._running) >= self.max_sequences:
             return
         resident = None
-        if self._admission.compares and self._admission.book is not None:
-            resident = resident_experts(self._manager, self._layers, self._admission.book.experts)
+        if self._admission.compares:
+            resident = resident_experts(self._manager, self._layers, self._width)
         for number in self._admission.propose(self.max_sequences - len(self._running), resident=resident):
             sequence = self._waiting[number]  # type: ignore[index]
             if self._running:
@@ -182,6 +183,8 @@ class StepLoop:
         best: tuple[ActiveSequence, int] | None = None
         length = sequence.computed + _WORTH_WAITING
         for other in self._running:
+            if _waits_for(other, sequence):
+                continue
             common = common_length(other.tokens, sequence.tokens, len(sequence.tokens) - 1)
             if other.computed < common and common >= length:
                 best, length = (other, common), common + 1
@@ -355,6 +358,13 @@ def _fail(sequence: ActiveSequence, error: Exception) -> None:
         sequence.finish("error", error)
     except Exception:  # whoever listens to this request is not to harm the others
         logger.exception("The receiver of request %d failed.", sequence.number)
+
+
+def _waits_for(other: ActiveSequence, sequence: ActiveSequence) -> bool:
+    """Whether one waits for what the other computes, at whatever remove: then the other must not wait for it."""
+    while other is not sequence and other.behind is not None:
+        other, _ = other.behind
+    return other is sequence
 
 
 def _slot(sequence: ActiveSequence) -> int:

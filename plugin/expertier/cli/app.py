@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from expertier.cli.options import offload_flags, reported
+from expertier.cli.options import offload_flags, refuse_beside, refuse_without, reported
 from expertier.config import OffloadOptions
 
 app = typer.Typer(
@@ -161,7 +161,10 @@ def compare(
     requests: Annotated[
         list[int] | None,
         typer.Option(
-            "--requests", min=1, help="Requests at a time (vLLM). Repeat it for several. \\[default: 1, 8, 32]"
+            "--requests",
+            min=1,
+            help="Requests at a time (vLLM). Repeat it for several. \\[default: 1, 8, 32] With --scheduler: "
+            "requests of a round. \\[default: 64]",
         ),
     ] = None,
     repeats: Annotated[int | None, typer.Option("--repeats", min=1, help="Repeats. \\[default: 5, quick: 2]")] = None,
@@ -195,6 +198,28 @@ def compare(
     out: Annotated[
         Path | None, typer.Option("--out", help="Directory for record and figure. \\[default: in the cache directory]")
     ] = None,
+    scheduler: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--scheduler",
+            help="Instead, who joins the batch: greedy, similarity, balanced, random, domains; fcfs always. Repeat it.",
+        ),
+    ] = None,
+    batch: Annotated[
+        list[int] | None,
+        typer.Option("--batch", min=1, help="Requests that run at a time (--scheduler). Repeat it. \\[default: 8]"),
+    ] = None,
+    domains: Annotated[
+        int | None, typer.Option("--domains", min=1, help="Kinds of text in one round (--scheduler).")
+    ] = None,
+    prompt: Annotated[str, typer.Option("--prompt", help="Tokens of a prompt, least:most (--scheduler).")] = "32:128",
+    output: Annotated[str, typer.Option("--output", help="Tokens of an answer, least:most (--scheduler).")] = "64:192",
+    load: Annotated[
+        str | None, typer.Option("--load", help="Poisson arrivals at this part of what fcfs serves (--scheduler).")
+    ] = None,
+    log: Annotated[
+        Path | None, typer.Option("--log", help="Requests as a log recorded them, a JSON object a line (--scheduler).")
+    ] = None,
     readahead: Annotated[
         list[int] | None,
         typer.Option("--readahead", min=4, help="KiB of readahead for stock under a limit. \\[default: 128]"),
@@ -211,6 +236,34 @@ def compare(
     from expertier.comparison.arms import USUAL_READAHEAD_KB
     from expertier.comparison.hardware import cores
 
+    if scheduler:
+        from expertier.cli.schedulers import SchedulersRequest, compare_schedulers
+        from expertier.simulation.scheduling import TrafficPlan
+
+        refuse_beside("--scheduler", limit=limit, variant=variant, arms=arms, ablate=ablate or None, tokens=tokens)
+        queued = max(requests or (64,))
+        compare_schedulers(
+            SchedulersRequest(
+                model=model,
+                options=options,
+                engine=engine,
+                arms=tuple(scheduler),
+                batches=tuple(dict.fromkeys(batch or (8,))),
+                plan=TrafficPlan(requests=queued, clients=queued, domains=domains, budget=0),
+                prompt=prompt,
+                output=output,
+                load=load,
+                log=log,
+                rounds=repeats or (1 if quick else 3),
+                texts=tuple(prompts or ()),
+                out=out,
+                n_ubatch=n_ubatch,
+                threads=threads or cores(),
+                as_json=as_json,
+            )
+        )
+        return
+    refuse_without("--scheduler", batch=batch, domains=domains, load=load, log=log)
     command(
         CompareRequest(
             model=model,

@@ -206,6 +206,11 @@ def _variants(texts: Sequence[str], options: OffloadOptions) -> dict[str, dict[s
     parsed = {}
     for text in texts:
         name, changes = parse_variant(text)
+        if changes.keys() & {"scheduler", "scheduling"}:
+            raise UnsupportedOptionError(
+                f"The variant {name!r} names a scheduler, but nobody waits in these arms.",
+                "Compare schedulers with --scheduler greedy: requests then queue for a batch.",
+            )
         chosen = asdict(OffloadOptions.from_mapping({**asdict(options), **changes}))
         parsed[name] = {key: chosen[key] for key in changes}
     return parsed

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
 from expertier.catalog.types import Catalog
+from expertier.comparison.schedulers import TrafficServer
 from expertier.config import OffloadOptions
 from expertier.errors import UnsupportedEngineError
 from expertier.telemetry import Stats
@@ -150,6 +151,11 @@ class Adapter(Protocol):
 
     def open(self, model: Path, options: OffloadOptions, settings: EngineSettings) -> Session:
         """Load a model with Expertier."""
+
+    def open_traffic(
+        self, model: Path, options: OffloadOptions, settings: EngineSettings, *, batch: int, context: int
+    ) -> TrafficServer:
+        """Load a model with Expertier for `batch` requests at a time, of at most `context` tokens each."""
 
 
 def find_adapters() -> tuple[dict[str, Adapter], dict[str, str]]:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import typer
 
 from expertier.config import ENV_PREFIX, OffloadOptions
-from expertier.errors import ExpertierError
+from expertier.errors import ExpertierError, UnsupportedOptionError
 
 EXIT_REFUSED = 2
 EXIT_INTERRUPTED = 130
@@ -66,6 +66,34 @@ def offload_flags(function: Callable[..., None]) -> Callable[..., None]:
     command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return command
+
+
+def refuse_beside(flag: str, **others: Any) -> None:
+    """Refuse flags that mean nothing beside `flag`; those that were not given are ``None``.
+
+    Raises
+    ------
+    UnsupportedOptionError
+        With the first of them.
+    """
+    for name, value in others.items():
+        if value is not None:
+            raise UnsupportedOptionError(
+                f"{flag} cannot be combined with --{name.replace('_', '-')}.", "Leave one of them out."
+            )
+
+
+def refuse_without(flag: str, **others: Any) -> None:
+    """Refuse flags that mean nothing without `flag`; those that were not given are ``None``.
+
+    Raises
+    ------
+    UnsupportedOptionError
+        With the first of them.
+    """
+    for name, value in others.items():
+        if value is not None:
+            raise UnsupportedOptionError(f"--{name.replace('_', '-')} needs {flag}.", f"Add {flag}, or leave it out.")
 
 
 def _flag_type(hint: Any) -> Any:

@@ -51,9 +51,9 @@ def traffic(request: TrafficRequest) -> None:
     arms = check_arms(request.arms)
     plan = replace(
         request.plan,
-        prompt=_span("--prompt", request.prompt),
-        output=_span("--output", request.output),
-        load=_load(request.load),
+        prompt=read_span("--prompt", request.prompt),
+        output=read_span("--output", request.output),
+        load=check_load(request.load),
     )
     trace = read_trace(request.trace, partial=request.partial)
     total = trace.header.total_bytes
@@ -89,14 +89,26 @@ def traffic(request: TrafficRequest) -> None:
         runs=tuple(runs),
     )
     record.write(out / RECORD)
+    show_traffic(record, out, as_json=request.as_json)
+
+
+def show_traffic(record: TrafficRecord, out: Path, *, as_json: bool) -> None:
+    """Draw the figure, print the table."""
     draw_traffic(record, out / FIGURE)
-    if request.as_json:
+    if as_json:
         print_json({"traffic": record, "out": str(out)})
     else:
         _print(record, out)
 
 
-def _span(flag: str, text: str) -> tuple[int, int]:
+def read_span(flag: str, text: str) -> tuple[int, int]:
+    """Read ``least:most`` tokens, or one number for both.
+
+    Raises
+    ------
+    UnsupportedOptionError
+        It is neither.
+    """
     first, _, last = text.partition(":")
     try:
         span = (int(first), int(last or first))
@@ -107,7 +119,14 @@ def _span(flag: str, text: str) -> tuple[int, int]:
     return span
 
 
-def _load(text: str | None) -> float | None:
+def check_load(text: str | None) -> float | None:
+    """Read a part of what can be served: ``70%`` or ``0.7``.
+
+    Raises
+    ------
+    UnsupportedOptionError
+        It is neither.
+    """
     if text is None:
         return None
     try:

@@ -72,15 +72,7 @@ def load_texts(given: Sequence[Path], model: Path, *, decode: int, characters: i
     ExpertierError
         A file cannot be read, is of another form, or there is no text at all.
     """
-    if given:
-        source, texts = ", ".join(path.name for path in given), [text for path in given for text in read_texts(path)]
-    else:
-        folders = (model, model.parent, cache_dir() / "reference")
-        found = [folder / _FILE for folder in folders if (folder / _FILE).is_file()]
-        if found:
-            source, texts = found[0].name, read_texts(found[0])
-        else:
-            source, texts = "sources of the Python standard library", _standard_library()
+    source, texts = find_texts(given, model)
     by_domain: dict[str, list[str]] = {}
     for text in texts:
         by_domain.setdefault(text.domain, []).append(text.text)
@@ -90,6 +82,17 @@ def load_texts(given: Sequence[Path], model: Path, *, decode: int, characters: i
     ranked = interleaved(joined)
     chosen = tuple(ranked[index % len(ranked)] for index in range(decode + 1))
     return Texts(source=source, decode=chosen[:decode], long=chosen[decode])
+
+
+def find_texts(given: Sequence[Path], model: Path) -> tuple[str, list[Text]]:
+    """Tell where texts come from and read them; see :func:`load_texts`."""
+    if given:
+        return ", ".join(path.name for path in given), [text for path in given for text in read_texts(path)]
+    folders = (model, model.parent, cache_dir() / "reference")
+    found = [folder / _FILE for folder in folders if (folder / _FILE).is_file()]
+    if found:
+        return found[0].name, read_texts(found[0])
+    return "sources of the Python standard library", _standard_library()
 
 
 def interleaved(texts: Sequence[Text]) -> list[Text]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,15 @@ class Ask:
         What kind of text it is; empty if unknown.
     at : float or None
         Second at which it comes, if a log says so.
+    given : tuple of int
+        Tokens of the answer, whatever the model would say; empty if it is the model's own.
     """
 
     prompt: tuple[int, ...]
     output: int
     domain: str = ""
     at: float | None = None
+    given: tuple[int, ...] = ()
 
 
 def mixed_requests(
@@ -43,12 +46,15 @@ def mixed_requests(
     tokenize: Callable[[str], Sequence[int]],
     count: int,
     *,
-    domains: int,
+    domains: int | None,
     prompt: tuple[int, int],
     output: tuple[int, int],
     seed: int,
 ) -> list[Ask]:
     """Make requests of random length, as many of each domain, in random order.
+
+    Answers are how the texts go on, because what a model writes itself repeats itself, and what repeats itself shares
+    its experts. They are shorter than drawn where a text ends before.
 
     Parameters
     ----------
@@ -58,8 +64,8 @@ def mixed_requests(
         Text to token ids.
     count : int
         Requests.
-    domains : int
-        Kinds of text, drawn at random from those that have the most texts.
+    domains : int or None
+        Kinds of text, drawn at random from those that have the most texts; ``None`` for all of these.
     prompt, output : tuple of int
         Least and most tokens.
     seed : int
@@ -76,6 +82,7 @@ def mixed_requests(
         piles.setdefault(text.domain, []).append(text)
     most = max((len(pile) for pile in piles.values()), default=0)
     names = sorted(name for name, pile in piles.items() if 2 * len(pile) >= most)
+    domains = len(names) if domains is None else domains
     if domains > len(names):
         raise UnsupportedOptionError(
             f"There are {len(names)} domains with enough texts, not {domains}.", "Name more text, or ask for fewer."
@@ -87,10 +94,10 @@ def mixed_requests(
         name = names[number % domains]
         text = piles[name][shuffled[name][number // domains % len(shuffled[name])]]
         length = int(random.integers(prompt[0], prompt[1] + 1))
-        tokens = tokenize(text.text[: length * _CHARACTERS_PER_TOKEN])[:length]
-        asks.append(
-            Ask(prompt=tuple(tokens), output=int(random.integers(output[0], output[1] + 1)), domain=text.domain)
-        )
+        answer = int(random.integers(output[0], output[1] + 1))
+        tokens = tokenize(text.text[: (length + answer) * _CHARACTERS_PER_TOKEN])[: length + answer]
+        given = tuple(tokens[length:])
+        asks.append(Ask(prompt=tuple(tokens[:length]), output=len(given) or answer, domain=text.domain, given=given))
     return [asks[place] for place in random.permutation(count)]
 
 
@@ -137,7 +144,7 @@ def read_request_log(path: Path, tokenize: Callable[[str], Sequence[int]]) -> li
     if not timed:
         return asks
     start = min(timed)
-    moved = [Ask(prompt=ask.prompt, output=ask.output, domain=ask.domain, at=(ask.at or 0.0) - start) for ask in asks]
+    moved = [replace(ask, at=(ask.at or 0.0) - start) for ask in asks]
     return sorted(moved, key=lambda ask: ask.at or 0.0)
 
 

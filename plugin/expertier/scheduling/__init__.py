@@ -1,7 +1,9 @@
 """Who runs together: requests whose tokens share experts, within a hard bound on unfairness."""
 
-from expertier.scheduling.admission import Admission, AdmissionStats, Fairness
+from expertier.scheduling.admission import Admission, AdmissionStats
 from expertier.scheduling.base import Batcher, Round
+from expertier.scheduling.domains import ORACLE, KnownDomains
+from expertier.scheduling.fairness import Fairness
 from expertier.scheduling.paths import PathBook, resident_experts
 from expertier.scheduling.registry import BATCHERS, CONTROL, make_batcher
 from expertier.scheduling.worth import Worth
@@ -9,10 +11,12 @@ from expertier.scheduling.worth import Worth
 __all__ = [
     "BATCHERS",
     "CONTROL",
+    "ORACLE",
     "Admission",
     "AdmissionStats",
     "Batcher",
     "Fairness",
+    "KnownDomains",
     "PathBook",
     "Round",
     "Worth",

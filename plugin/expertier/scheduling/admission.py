@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from expertier.residency.base import IntArray
 from expertier.scheduling.base import Batcher, Round
+from expertier.scheduling.fairness import Fairness
 from expertier.scheduling.fcfs import FirstCome
 from expertier.scheduling.paths import MOST_PROMPT, PathBook
 from expertier.scheduling.worth import LEAST_GAIN, Worth
@@ -20,26 +21,6 @@ logger = logging.getLogger("expertier")
 
 _REFRESH_TOKENS = 1 << 22  # tokens times width that are looked up again in one proposal
 _REFRESH_GROWTH = 1.25
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fairness:
-    """How far a request may fall behind first come, first served. Every limit is hard.
-
-    Attributes
-    ----------
-    overtaken : int
-        Requests of the same priority that arrived later and may join before it.
-    steps : int
-        Steps after its turn came from which on nobody who arrived later joins before it. Its turn comes when as many
-        requests have joined as were ahead of it when it arrived.
-    seconds : float
-        The same in seconds; no limit unless one is given, because a step may take milliseconds or seconds.
-    """
-
-    overtaken: int = 64
-    steps: int = 2048
-    seconds: float = float("inf")
 
 
 @dataclass(slots=True)

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from expertier.errors import UnsupportedOptionError
-from expertier.residency.base import IntArray
 from expertier.routing.trace_format import TraceHeader
-from expertier.scheduling import BATCHERS, CONTROL, Admission, PathBook, Worth, make_batcher
+from expertier.scheduling import BATCHERS, CONTROL, ORACLE, Admission, KnownDomains, PathBook, Worth, make_batcher
 from expertier.simulation.requests import RecordedRequest, Texts, Traffic, cut_requests, poisson
 from expertier.simulation.timing import Timing
 from expertier.simulation.traffic import Served, serve
 
 SCHEMA = "expertier-traffic/1"
-ORACLE = "domains"
 ARMS = (*BATCHERS, ORACLE)
 
 
@@ -134,11 +131,13 @@ class TrafficRecord:
     Attributes
     ----------
     trace, model, fingerprint : str
-        File, model and its identity.
+        File (empty if requests were really served), model and its identity.
     plan : dict
         :class:`TrafficPlan`, without batch, and the share of the budget.
-    timing : Timing
-        Speeds.
+    timing : Timing or None
+        Speeds; ``None`` if seconds are those of a clock.
+    timing_source : str
+        Where speeds or seconds come from.
     token_seconds : float
         Compute of every further token of a step.
     runs : tuple of TrafficRun
@@ -150,7 +149,7 @@ class TrafficRecord:
     model: str
     fingerprint: str
     plan: dict[str, Any]
-    timing: Timing
+    timing: Timing | None
     timing_source: str
     token_seconds: float
     runs: tuple[TrafficRun, ...] = field(default_factory=tuple)
@@ -190,25 +189,6 @@ def check_arms(arms: Sequence[str]) -> list[str]:
         if arm not in ARMS:
             raise UnsupportedOptionError(f"There is no scheduling arm {arm!r}.", f"Choose from: {', '.join(ARMS)}.")
     return list(dict.fromkeys([CONTROL, *arms]))
-
-
-class _Domains(PathBook):
-    """Knows every request's kind of text, which no engine does."""
-
-    def __init__(self, requests: Sequence[RecordedRequest]) -> None:
-        names = sorted({request.domain for request in requests})
-        super().__init__(1, len(names))
-        self._domain = np.eye(len(names), dtype=np.float32)[[names.index(request.domain) for request in requests]]
-
-    def observe(self, requests: Sequence[Hashable], tokens: IntArray, routes: IntArray) -> None:
-        pass
-
-    def of_waiting(self, request: Hashable, tokens: IntArray) -> NDArray[np.float32]:
-        row: NDArray[np.float32] = self._domain[int(str(request))]
-        return row
-
-    def of_running(self, request: Hashable) -> NDArray[np.float32]:
-        return self.of_waiting(request, np.zeros(0, np.int64))
 
 
 class TrafficSimulator:
@@ -266,9 +246,10 @@ class TrafficSimulator:
     def _serve(self, plan: TrafficPlan, traffic: Traffic, arm: str, seed: int) -> Served:
         def admission(clock: Callable[[], float]) -> Admission:
             if arm == ORACLE:
-                return Admission(make_batcher("similarity"), _Domains(traffic.requests), worth=Worth("on"), clock=clock)
-            book = self._book(plan, traffic.requests, seed)
-            return Admission(make_batcher(arm), book, clock=clock)
+                domains = [request.domain for request in traffic.requests]
+                book = KnownDomains(domains, lambda name: int(str(name)))
+                return Admission(make_batcher("similarity"), book, worth=Worth("on"), clock=clock)
+            return Admission(make_batcher(arm), self._book(plan, traffic.requests, seed), clock=clock)
 
         return serve(
             traffic,

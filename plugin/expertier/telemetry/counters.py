@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 
@@ -30,6 +30,12 @@ class PhaseCounters:
     late: int = 0
     misses: int = 0
     stall_seconds: float = 0.0
+
+    def since(self, before: PhaseCounters) -> PhaseCounters:
+        """Return what was counted after `before`."""
+        return PhaseCounters(
+            **{item.name: getattr(self, item.name) - getattr(before, item.name) for item in fields(self)}
+        )
 
     @property
     def requests(self) -> int:

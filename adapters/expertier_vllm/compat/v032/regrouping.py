@@ -88,7 +88,7 @@ class RegroupingScheduler(ExpertierScheduler):
                 "RegroupingScheduler knows nothing of experts without Expertier.",
                 f"""Add --additional-config '{{"{KEY}": {{"budget": "50%"}}}}', or leave --scheduler-cls out.""",
             )
-        self.admission = Admission(make_batcher(options.scheduler or _USUAL))
+        self.admission = Admission(make_batcher(options.scheduler or _USUAL), fairness=options.fairness)
         self._resident: NDArray[np.float32] | None = None
         self._ranked = self.policy == SchedulingPolicy.PRIORITY
         self.waiting: PreferringQueue = PreferringQueue(self.waiting)
