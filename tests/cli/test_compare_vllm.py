@@ -92,3 +92,17 @@ def test_files_that_vllm_does_not_load_are_refused_before_it_starts(invoke: Call
     assert any("gguf" in finding.text for finding in get_adapter("vllm").findings(compare_module.read_catalog(model)))
     refused = invoke("compare", model, "--requests", 4)
     assert refused.exit_code == 2 and "--requests" in refused.output
+
+
+def test_schedulers_serve_the_same_requests_in_turns_in_one_engine(
+    invoke_json: Callable[..., Any], tmp_path: Path
+) -> None:
+    data = invoke_json(
+        "compare", write_hf(tmp_path / "tiny", HfSpec()), "--engine", "vllm", "--scheduler", "greedy", "--scheduler",
+        "domains", "--out", tmp_path / "out", "--repeats", 1, "--batch", 2, "--requests", 6, "--prompt", "4:8",
+        "--output", "2:5", "--budget", "50%", "--lookahead", "off", "--threads", 1,
+    )  # fmt: skip
+    runs = data["traffic"]["runs"]
+    assert [run["arm"] for run in runs] == ["fcfs", "greedy", "domains"]
+    assert all(run["loads_per_token"] > 0 and run["tokens_per_second"] > 0 for run in runs)
+    assert runs[0]["most_overtaken"] == 0
