@@ -85,7 +85,8 @@ class CudaLink:
 
     def allocate(self, nbytes: int) -> DeviceBytes:
         try:
-            return self._torch.empty(nbytes, dtype=self._torch.uint8, device=self.device)
+            with self._torch.inference_mode(False):  # other threads could not write into an inference tensor
+                return self._torch.empty(nbytes, dtype=self._torch.uint8, device=self.device)
         except self._torch.cuda.OutOfMemoryError as error:
             free, _ = self._torch.cuda.mem_get_info(self.device)
             raise BudgetError(

@@ -7,8 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
 _UNLIMITED = 1 << 60
 
 
@@ -41,8 +39,7 @@ def memory_limits(root: Path = Path("/"), membership: str | None = None) -> list
     membership : str, optional
         Contents of ``/proc/self/cgroup`` (for tests).
     """
-    memory = psutil.virtual_memory()
-    limits = [MemoryLimit(source="machine", limit=memory.total, left=memory.available)]
+    limits = [_machine()]
     text = membership if membership is not None else _membership(root)
     for line in text.splitlines():
         _, controllers, path = line.split(":", 2)
@@ -52,6 +49,12 @@ def memory_limits(root: Path = Path("/"), membership: str | None = None) -> list
         elif "memory" in controllers.split(","):
             limits += _groups(root / "sys/fs/cgroup/memory", path, _read_v1)
     return sorted(limits, key=lambda limit: limit.left)
+
+
+def _machine() -> MemoryLimit:
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    kib = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines)}
+    return MemoryLimit(source="machine", limit=kib["MemTotal"] << 10, left=kib["MemAvailable"] << 10)
 
 
 def _membership(root: Path) -> str:
