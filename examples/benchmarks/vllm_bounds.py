@@ -177,8 +177,7 @@ def main() -> None:
     parser.add_argument("--twin", type=Path, help="the same model with narrow experts")
     parser.add_argument("--text", type=Path, action="append", default=[])
     parser.add_argument("--requests", type=int, action="append", help="at a time (1, 8 and 32)")
-    parser.add_argument("--budget", action="append", help="arms (100%%, 50%% and 25%%)")
-    parser.add_argument("--option", action="append", default=[], help="KEY=VALUE of Expertier")
+    parser.add_argument("--arm", action="append", help="BUDGET, or BUDGET,KEY=VALUE,... (100%%, 50%% and 25%%)")
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
@@ -196,9 +195,10 @@ def main() -> None:
         "experts_bytes": catalog.total_expert_bytes,
         "rounds": [],
     }
-    more = dict(option.split("=", 1) for option in options.option)
     arms: dict[str, dict[str, Any] | None] = {"stock": None}
-    arms |= {budget: {"budget": budget, **more} for budget in options.budget or ("100%", "50%", "25%")}
+    for arm in options.arm or ("100%", "50%", "25%"):
+        budget, *given = arm.split(",")
+        arms[arm] = {"budget": budget, **dict(option.split("=", 1) for option in given)}
     texts = load_texts(options.text, options.checkpoint, decode=8, characters=6000).decode
     with contextlib.ExitStack() as stack:
         if options.twin is not None:
