@@ -982,6 +982,16 @@ class OffloadManager:
             return copy.deepcopy(self._stats)
 
     @property
+    def idle(self) -> bool:
+        """Whether nothing is being loaded."""
+        return not self._requests
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of all loads so far."""
+        return self._io.bytes_read
+
+    @property
     def complete(self) -> bool:
         """Whether every expert is resident."""
         return self._used >= self._stats.total_bytes and bool((self._state == _RESIDENT).all())

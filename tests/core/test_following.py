@@ -152,20 +152,35 @@ def test_all_later_layers_are_loaded_nearest_first_within_the_bound(tmp_path: Pa
     chances = np.zeros((3, EXPERTS), np.float32)
     chances[0, 1] = 0.9
     chances[1, [4, 2]] = [0.8, 0.6]
-    chances[2, [0, 5]] = [0.7, 0.4]
+    chances[2, [0, 5]] = [0.7, 0.2]
     with engine_with(tmp_path, 12) as engine:  # type: ignore[attr-defined]
         engine.file.hold()
         loads = PathLoads(engine.manager, (0, 1, 2), confidence=Confidence(3, EXPERTS), ahead=3)
-        assert loads.top_up(lambda: chances, 0, 1) == 3
+        assert loads.top_up(lambda: chances, 0) == 3
         absent, under_way = engine.manager.outlook()
         assert under_way == 3
         assert [np.flatnonzero(~row).tolist() for row in absent] == [[1], [2, 4], []]
-        assert loads.top_up(never, 1, 1) == 0, "enough is under way"
+        assert loads.top_up(never, 1) == 0, "enough is under way"
         engine.file.let_all()
         until(lambda: engine.manager.outlook()[1] == 0)
-        assert loads.top_up(lambda: chances, 1, 1) == 1, "what is unlikely stays where it is"
+        assert loads.top_up(lambda: chances, 1) == 1, "what is unlikely stays where it is"
         until(lambda: engine.manager.outlook()[1] == 0)
         engine.check()
+
+
+def test_what_is_doubtful_is_loaded_only_where_the_device_was_idle_for_some_layers(tmp_path: Path) -> None:
+    chances = np.zeros((3, EXPERTS), np.float32)
+    chances[1, [4, 2]] = [0.45, 0.35]
+    chances[2, [0, 5]] = [0.4, 0.2]
+    with engine_with(tmp_path, 12) as engine:  # type: ignore[attr-defined]
+        loads = PathLoads(engine.manager, (0, 1, 2), confidence=Confidence(3, EXPERTS), ahead=4)
+        begun = [loads.top_up(lambda: chances, 1)]
+        while not begun[-1] and len(begun) < 50:
+            begun.append(loads.top_up(lambda: chances, 1))
+        assert begun[:8] == [0] * 8
+        assert begun[-1] == 3, "what keeps the device busy, and nothing hopeless"
+        until(lambda: engine.manager.outlook()[1] == 0)
+        assert not engine.manager.outlook()[0][[1, 1, 2], [4, 2, 0]].any()
 
 
 def test_a_router_gives_up_the_loads_of_its_layer_and_leaves_those_further_on(tmp_path: Path) -> None:
@@ -244,6 +259,36 @@ def test_a_predictor_that_nobody_heeds_is_asked_only_now_and_then(tmp_path: Path
             loader.begin([span(position, position)], decode=True)
     assert told == [0, 16, 32, 33, 34, 35], "heeded from the third time on"
     assert predictor.sequences == {0: list(range(36))}
+
+
+def test_forecasts_that_take_too_much_of_a_step_are_asked_for_only_now_and_then(tmp_path: Path) -> None:
+    now = 0.0
+
+    class Slow(FixedPredictor):
+        def forecast(self, sequence: int, tokens: Any, *, start: int | None = None) -> Forecast:
+            nonlocal now
+            now += 0.5
+            return super().forecast(sequence, tokens, start=start)
+
+    told: list[int] = []
+    with engine_with(tmp_path, 12) as engine:  # type: ignore[attr-defined]
+        loader = AheadLoader(
+            manager=engine.manager,
+            experts=dict.fromkeys(LAYERS, EXPERTS),
+            lookahead=None,
+            gate=GainGate("off"),
+            predictor=Slow(MODEL, FLAT),
+            listener=lambda forecast: told.append(position) is None,
+            clock=lambda: now,
+        )
+        for position in range(60):
+            loader.begin([span(position, position)], decode=True)
+            for layer in LAYERS:
+                loader.after_router(layer, np.array([[0, 1]]), lambda: None, decode=True)
+            now += 1.0
+    assert told[:2] == [0, 1]
+    assert len(told) < 8
+    assert max(np.diff(told)) == 16
 
 
 def test_the_outlook_of_layers_with_unlike_numbers_of_experts_is_padded(tmp_path: Path) -> None:

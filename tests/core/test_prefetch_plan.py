@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expertier.routing.gate import Confidence
-from expertier.routing.prefetch_plan import plan_loads
+from expertier.routing.prefetch_plan import DOUBTFUL_CHANCE, LEAST_CHANCE, plan_loads
 
 LAYERS, EXPERTS = 3, 8
 
@@ -28,6 +28,20 @@ def test_loads_are_absent_likely_few_and_in_the_order_of_need(seed: int, most: i
     left[rows, experts] = False
     if len(rows) and left.any():
         assert not left[: rows[-1]].any(), "an earlier layer was left out for a later one"
+
+
+@given(seed=st.integers(0, 10_000), most=st.integers(0, 30), doubtful=st.integers(-2, 6))
+@settings(max_examples=60, deadline=None)
+def test_what_is_doubtful_follows_only_where_too_little_is_likely(seed: int, most: int, doubtful: int) -> None:
+    dice = np.random.default_rng(seed)
+    chances, absent = dice.random((LAYERS, EXPERTS)), dice.random((LAYERS, EXPERTS)) < 0.3
+    likely = list(zip(*plan_loads(chances, absent, most=most), strict=True))
+    found = list(zip(*plan_loads(chances, absent, most=most, doubtful=doubtful), strict=True))
+    assert found[: len(likely)] == likely
+    rest = absent & (chances >= DOUBTFUL_CHANCE) & (chances < LEAST_CHANCE)
+    assert len(found) == max(len(likely), min(doubtful, most, len(likely) + int(rest.sum())))
+    added = [float(chances[cell]) for cell in found[len(likely) :]]
+    assert added == sorted(chances[rest].tolist(), reverse=True)[: len(added)]
 
 
 def settled(confidence: Confidence, chance: float, used: float, steps: int, layer: int = 1) -> None:

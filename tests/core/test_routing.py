@@ -117,6 +117,8 @@ def test_a_prediction_for_more_tokens_than_the_router_saw_teaches_nothing() -> N
 class Recorder:
     """Takes the place of the manager."""
 
+    bytes_read = 0
+
     def __init__(self, absent: set[int]) -> None:
         self.absent = absent
         self.calls: list[tuple[int, list[int], int]] = []
@@ -261,6 +263,37 @@ def test_a_few_slow_steps_do_not_decide_a_trial() -> None:
         gate.step(slow + (0.9 if gate.open else 1.0))
     assert gate.open
     assert run_trial(gate, 3, 1.0, 0.9) == [True] * 3
+
+
+def test_who_wins_again_stays_twice_as_long_and_who_loses_starts_over() -> None:
+    gate = GainGate(block=1, rounds=1, hold=2)
+    for hold in (2, 4, 8, 16, 16):
+        run_trial(gate, 2, 1.0, 0.5)
+        assert run_trial(gate, hold, 1.0, 0.5) == [True] * hold
+    run_trial(gate, 2, 1.0, 2.0)
+    assert run_trial(gate, 2, 1.0, 2.0) == [False] * 2
+    assert run_trial(gate, 2, 1.0, 2.0) == [True, False], "a new trial"
+
+
+@pytest.mark.parametrize(("within", "winner"), [(1.0, False), (0.99, False), (0.9, True)])
+def test_bytes_that_buy_no_time_close_the_gate(within: float, winner: bool) -> None:
+    gate = GainGate(block=2, rounds=2, hold=5)
+    for _ in range(8):
+        gate.step(within if gate.open else 1.0, 120 if gate.open else 100)
+    assert gate.open is winner
+
+
+def test_a_trial_that_could_be_chance_goes_on_and_comes_to_an_end() -> None:
+    unclear, clear = GainGate(block=1, rounds=8, hold=100), GainGate(block=1, rounds=8, hold=100)
+    for number in range(16):
+        varying = 1.0 + 0.5 * (number % 4 > 1)
+        unclear.step(varying * (0.97 if unclear.open else 1.0))
+        clear.step(varying * (0.3 if clear.open else 1.0))
+    assert clear.learned() is True
+    assert unclear.learned() is None
+    for number in range(48):
+        unclear.step((1.0 + 0.5 * (number % 4 > 1)) * (0.97 if unclear.open else 1.0))
+    assert unclear.learned() is True
 
 
 def test_a_gate_set_by_hand_does_not_move() -> None:

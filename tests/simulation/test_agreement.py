@@ -14,6 +14,7 @@ import pytest
 from expertier.catalog.gguf import read_layout, read_tensor
 from expertier.errors import TraceMismatchError
 from expertier.manager import OffloadManager
+from expertier.routing import ahead as ahead_module
 from expertier.routing.gate import GainGate
 from expertier.routing.predictor import Forecast, RoutedModel
 from expertier.routing.trace import read_trace
@@ -82,6 +83,7 @@ def test_with_a_predictor_the_policy_evicts_in_the_simulator_what_it_evicts_in_t
         lambda option, catalog, *rest: HashPredictor.of(RoutedModel.of_catalog(catalog)),
     )
     monkeypatch.setattr(llama_module, "gate_mode", lambda lookahead, predictor: "off")
+    monkeypatch.setattr(ahead_module, "_DEAR", np.inf)  # forecasts take a good part of a toy's step
     path = tmp_path / "trace"
     llama = decode(tiny_model(SPEC), path, budget="40%", policy="predictive", expert_trace_tokens="on")
     stats = llama.offload.stats()

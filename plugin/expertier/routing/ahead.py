@@ -25,7 +25,9 @@ from expertier.routing.predictor import Chances, Forecast, RoutePredictor
 from expertier.routing.prefetch_plan import LEAST_CHANCE
 from expertier.routing.sequences import Span
 
-_ASK_AGAIN = 16  # steps after which a predictor whom nobody heeds is asked again
+_ASK_AGAIN = 16  # steps after which a predictor that nobody heeds, or that is too dear, is asked again
+_DEAR = 0.05  # share of a step that forecasts may take where they only decide who stays
+_PACE = 0.1  # weight of one step in what they take
 _STREAM_FROM = 0.5  # share of a layer's experts in use from which the next layer is streamed whole
 
 _LISTENED = 2  # layers whose routers a predictor is told about: those further on know too little
@@ -36,6 +38,10 @@ GateInput = Callable[[], "NDArray[np.float32] | None"]
 
 class Loader(Prefetcher, Protocol):
     """What executes the loads: the offload manager."""
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of all loads so far."""
 
     def resident(self, layer: int) -> NDArray[np.bool_]:
         """Which experts of a layer are resident, shape ``(experts,)``."""
@@ -58,12 +64,13 @@ class AheadLoader:
         Predicts whole paths; the lookahead then only corrects it, where the predictor listens to it.
     listener : callable, optional
         Told the forecast of every step: whoever decides what stays. It is told while the gate is closed, too, judges
-        for itself what a forecast is worth, and answers whether it heeds it. While it does not and the gate is
-        closed, the predictor is asked only now and then.
+        for itself what a forecast is worth, and answers whether it heeds it. While it does not, or forecasts take more
+        than a twentieth of a step, and the gate is closed, the predictor is asked only now and then.
     ahead : int
-        Most experts loading ahead of need during decode of one token, for the next layer.
+        Most experts loading ahead of need during decode, for each token of a step and at most as many as `path_ahead`:
+        for the next layer, by the lookahead.
     path_ahead : int
-        The same for all later layers together, with a predictor.
+        Most experts loading ahead of need during decode, for all later layers together.
     clock : callable
         Gives the seconds by which the gate measures.
     last_is_narrow : bool
@@ -80,7 +87,7 @@ class AheadLoader:
         predictor: RoutePredictor | None = None,
         listener: Callable[[Forecast], bool] | None = None,
         ahead: int = 2,
-        path_ahead: int = 8,
+        path_ahead: int = 4,
         clock: Callable[[], float] = time.perf_counter,
         last_is_narrow: bool = False,
     ) -> None:
@@ -90,7 +97,7 @@ class AheadLoader:
         self._next = dict(itertools.pairwise(sorted(experts)))
         self._lookahead = lookahead
         self.gate = gate
-        self._ahead = ahead
+        self._ahead, self._most = ahead, path_ahead
         self._follower = Follower(predictor) if predictor is not None else None
         self._listener = listener
         self._position = {layer: position for position, layer in enumerate(sorted(experts))}
@@ -99,9 +106,11 @@ class AheadLoader:
         self._predicted = False  # whether the running step's path was predicted
         self._heeded = True  # whether the listener lets forecasts decide
         self._unheeded = 0  # steps since it was told one
+        self._spent = 0.0  # seconds of the running step that its forecast took
+        self._cost = 0.0  # share of a step that forecasts take
         self._tokens = 0
         self._last_is_narrow = last_is_narrow
-        self._last_step: float | None = None  # when the previous decode step passed its last layer
+        self._last_step: tuple[float, int] | None = None  # clock and bytes when the last decode step passed its end
 
     @property
     def follows_tokens(self) -> bool:
@@ -152,16 +161,19 @@ class AheadLoader:
         if self._follower is None:
             return
         self._unheeded += 1
-        wanted = self.gate.open or (self._listener is not None and (self._heeded or self._unheeded >= _ASK_AGAIN))
+        welcome = (self._heeded and self._cost <= _DEAR) or self._unheeded >= _ASK_AGAIN
+        wanted = self.gate.open or (self._listener is not None and welcome)
+        started = self._clock()
         forecast = self._follower.begin(spans, decode=decode and wanted)
         if forecast is None:
             return
+        self._spent = (self._clock() - started) / self._unheeded  # it caught up with the steps between
         self._predicted = True
         if self._listener is not None:
             self._heeded = self._listener(forecast)
-            self._unheeded = 0
+        self._unheeded = 0
         if self.gate.open:
-            self._path.top_up(lambda: forecast.now, 0, len(spans))
+            self._path.top_up(lambda: forecast.now, 0)
 
     def after_router(self, layer: int, routes: NDArray[np.int64], gate_input: GateInput, *, decode: bool) -> None:
         """Act on what the router of a layer chose.
@@ -202,22 +214,30 @@ class AheadLoader:
         if self._lookahead is not None:
             self._lookahead.learn(layer, routes)
         if self._predicted and self._follower is not None:
+            started = self._clock()
             self._follower.observe(layer, routes)
+            self._spent += self._clock() - started
             self.confidence.settle(self._position[layer], routes)
         if following is None:
-            self._predicted = False
-            now = self._clock()
-            if self._last_step is not None:
-                self.gate.step(now - self._last_step)
-            self._last_step = now
+            self._end_step()
             return
         if not self.gate.open:
             return
         gate_input = functools.cache(gate_input)
         if self._predicted and self._follower is not None:
-            self._path.top_up(lambda: self._refined(layer, gate_input), self._position[layer] + 1, len(routes))
+            self._path.top_up(lambda: self._refined(layer, gate_input), self._position[layer] + 1)
         if self._lookahead is not None:  # the next layer's own gate knows some that the path does not
             self._look_ahead(layer, following, routes, gate_input)
+
+    def _end_step(self) -> None:
+        now, volume = self._clock(), self._manager.bytes_read
+        if self._last_step is not None:
+            seconds = now - self._last_step[0]
+            self.gate.step(seconds, volume - self._last_step[1])
+            if self._predicted and seconds > 0:
+                self._cost += _PACE * (self._spent / seconds - self._cost)
+        self._last_step = now, volume
+        self._predicted = False
 
     def _refined(self, layer: int, gate_input: GateInput) -> Chances | None:
         """The rest of the path, with what the next routers say about this layer's input where the predictor listens."""
@@ -230,7 +250,7 @@ class AheadLoader:
 
     def _look_ahead(self, layer: int, following: int, routes: NDArray[np.int64], gate_input: GateInput) -> None:
         assert self._lookahead is not None
-        limit = self._ahead * len(routes)
+        limit = min(self._ahead * len(routes), self._most)
         if self._predicted and self._manager.outlook()[1] >= limit:
             return
         resident = self._manager.resident(following)

@@ -2,11 +2,12 @@
 
 Two judges, because they see different things. :class:`Confidence` sees at once, layer by layer, whether what was loaded
 ahead was used, and makes the prefetch wider or narrower. :class:`GainGate` sees what no count tells: whether steps
-take longer, for whatever reason.
+take longer, for whatever reason, and whether what they gain is worth the bytes.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from statistics import median
 from typing import Any, Literal
@@ -15,6 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 _TIE = 1.005  # so much slower is no loss: medians of a few steps differ by more
+_FREE = 1.02  # so many times the bytes cost nothing, for the same reason
+_PRICE = 0.25  # share of a step's time that has to be gained for twice the bytes
+_LONGEST = 8  # times `hold` that a winner who keeps winning stays
+_MOST_TRIALS = 4  # in a row, when the first does not say enough
+_NORMAL = 1.4826 * 1.2533  # standard error of a median, from the median distance: of a normal distribution
+_SURE = 2.0  # standard errors that tell a difference from chance
 _MEMORY = 0.995  # weight of the past in a layer's record, by step
 _BENEFIT = 2.0  # loads' worth of doubt a layer is given the benefit of
 _WIDEST = 1.25  # a predictor that is too modest is believed so much more
@@ -80,8 +87,10 @@ class Confidence:
 class GainGate:
     """Decides by trial whether to prefetch.
 
-    A trial alternates short blocks of steps with and without prefetching and compares their median step times; the
-    winner stays for `hold` steps, then a new trial begins, because text and cache contents change.
+    A trial alternates short blocks of steps with and without prefetching and compares their median step times. Bytes
+    have a price: reading more must make steps quicker. Step times vary by a quarter, because text does, so a trial that
+    could be chance goes on for up to four times as long. The winner stays for `hold` steps, then a new trial begins,
+    because text and cache contents change; who wins again stays twice as long.
 
     Parameters
     ----------
@@ -92,11 +101,11 @@ class GainGate:
     rounds : int
         Blocks of each kind in a trial.
     hold : int
-        Steps between trials.
+        Steps between the first trials.
     """
 
     def __init__(
-        self, mode: Literal["auto", "on", "off"] = "auto", *, block: int = 8, rounds: int = 4, hold: int = 512
+        self, mode: Literal["auto", "on", "off"] = "auto", *, block: int = 4, rounds: int = 8, hold: int = 512
     ) -> None:
         self.mode = mode
         self._block = block
@@ -104,8 +113,10 @@ class GainGate:
         self._hold = hold
         self._left = 0  # steps until the next trial
         self._trial: tuple[list[float], list[float]] = ([], [])  # step times without and with prefetching
+        self._bytes = [0, 0]
         self._winner = True
         self._tried = False
+        self._longer = 1
 
     @property
     def open(self) -> bool:
@@ -117,20 +128,41 @@ class GainGate:
         done = len(self._trial[0]) + len(self._trial[1])
         return done // self._block % 2 == 0
 
-    def step(self, seconds: float) -> None:
-        """Account for one step that took `seconds`."""
+    def step(self, seconds: float, volume: int = 0) -> None:
+        """Account for one step that took `seconds` and read `volume` bytes."""
         if self.mode != "auto":
             return
         if self._left:
             self._left -= 1
             return
-        self._trial[self.open].append(seconds)
-        without, within = self._trial
-        if len(without) + len(within) == 2 * self._rounds * self._block:
-            self._winner = median(within) <= _TIE * median(without)
-            self._left = self._hold
-            self._trial = ([], [])
-            self._tried = True
+        trying = self.open
+        self._trial[trying].append(seconds)
+        self._bytes[trying] += volume
+        trials, rest = divmod(sum(map(len, self._trial)), 2 * self._rounds * self._block)
+        if not rest:
+            gain = self._gain()
+            if abs(gain) < _SURE * self._error() and trials < _MOST_TRIALS:
+                return
+            won = gain >= 0.0
+            self._longer = min(2 * self._longer, _LONGEST) if self._tried and won == self._winner else 1
+            self._winner, self._tried = won, True
+            self._left = self._hold * self._longer
+            self._trial, self._bytes = ([], []), [0, 0]
+
+    def _gain(self) -> float:
+        """Share of a step that prefetching saves beyond what it has to."""
+        without, within = map(median, self._trial)
+        extra = max(0.0, self._bytes[True] / max(self._bytes[False], 1) - _FREE)
+        return _TIE - _PRICE * extra - within / max(without, 1e-9)
+
+    def _error(self) -> float:
+        """Standard error of the gain, from how far step times are from their medians."""
+        spread = 0.0
+        for seconds in self._trial:
+            middle = median(seconds)
+            away = median([abs(value - middle) for value in seconds]) / max(middle, 1e-9)
+            spread += (_NORMAL * away) ** 2 / len(seconds)
+        return math.sqrt(spread)
 
     def learned(self) -> bool | None:
         """Who won the last trial: whether it was prefetching; ``None`` before the first."""

@@ -12,9 +12,17 @@ from expertier.routing.gate import Confidence
 from expertier.routing.predictor import Chances
 from expertier.routing.prefetch_plan import plan_loads
 
+_BUSY_WITH = 3  # loads ahead of need that keep the device busy until the next router has chosen
+_IDLE_FROM = 0.25  # share of layers that found the device idle from which doubtful loads are begun, too
+_PACE = 0.02  # weight of one layer in that share
+
 
 class Prefetcher(Protocol):
     """What executes the loads: the offload manager."""
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is being loaded."""
 
     def outlook(self) -> tuple[NDArray[np.bool_], int]:
         """Which experts are absent, shape ``(layers, experts)``, and how many loads ahead of need are under way."""
@@ -42,12 +50,13 @@ class PathLoads:
     confidence : Confidence
         How far chances are to be believed; told of all loads.
     ahead : int
-        Most loads under way for each token of a step.
+        Most loads under way, however many tokens a step has.
 
     Notes
     -----
-    Few loads are queued at a time: demand overtakes them anyway, but what a later router contradicts should not have
-    been begun.
+    Few loads are queued at a time. The device has to be busy until the next router has chosen; what is queued beyond
+    that has evicted its victim too early, and a later router may contradict it. With 64 instead of 4 queued, a batch
+    of eight read a third more. Where the device has bandwidth to spare, it is also given what is less likely.
     """
 
     def __init__(self, manager: Prefetcher, layers: Sequence[int], *, confidence: Confidence, ahead: int) -> None:
@@ -55,8 +64,9 @@ class PathLoads:
         self._manager = manager
         self._layers = tuple(layers)
         self._ahead = ahead
+        self._idle = 0.0  # how often nothing at all was being loaded, lately
 
-    def top_up(self, predict: Callable[[], Chances | None], first: int, tokens: int) -> int:
+    def top_up(self, predict: Callable[[], Chances | None], first: int) -> int:
         """Begin what is likely and absent, as far as there is room for more under way.
 
         Parameters
@@ -66,26 +76,25 @@ class PathLoads:
             known; asked only when another load may begin.
         first : int
             Position of the first layer still to come.
-        tokens : int
-            Tokens of the step.
 
         Returns
         -------
         int
             Loads begun.
         """
+        self._idle += _PACE * (self._manager.idle - self._idle)
         absent, under_way = self._manager.outlook()
-        most = self._ahead * tokens
-        if under_way >= most or not absent[first:].any() or (chances := predict()) is None:
+        if under_way >= self._ahead or not absent[first:].any() or (chances := predict()) is None:
             return 0
         believed = chances[first:] * self._confidence.factor(first)
-        rows, experts = plan_loads(believed, absent[first:], most=most - under_way)
+        doubtful = _BUSY_WITH - under_way if self._idle >= _IDLE_FROM else 0
+        rows, experts = plan_loads(believed, absent[first:], most=self._ahead - under_way, doubtful=doubtful)
         begun = 0
         cuts = np.flatnonzero(np.diff(rows)) + 1
         for start, stop in zip([0, *cuts.tolist()], [*cuts.tolist(), len(rows)], strict=True):
             if start == stop:
                 break
             row, chosen = int(rows[start]), experts[start:stop]
-            begun += self._manager.prefetch(self._layers[first + row], chosen, believed[row, chosen], limit=most)
+            begun += self._manager.prefetch(self._layers[first + row], chosen, believed[row, chosen], limit=self._ahead)
             self._confidence.begun(first + row, chosen, chances[first + row, chosen])
         return begun

@@ -9,10 +9,17 @@ from numpy.typing import NDArray
 
 LEAST_CHANCE: Final = 0.5
 """Below it a load ahead more often takes a slot and device time than it saves a wait."""
+DOUBTFUL_CHANCE: Final = 0.3
+"""The same where the device would idle otherwise: time on it costs nothing then, only the slot does."""
 
 
 def plan_loads(
-    chances: NDArray[np.floating], absent: NDArray[np.bool_], *, most: int, least: float = LEAST_CHANCE
+    chances: NDArray[np.floating],
+    absent: NDArray[np.bool_],
+    *,
+    most: int,
+    least: float = LEAST_CHANCE,
+    doubtful: int = 0,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Choose and order loads for the layers still to come.
 
@@ -25,7 +32,10 @@ def plan_loads(
     most : int
         Loads to begin at most.
     least : float
-        Chance below which nothing is loaded.
+        Chance below which nothing is loaded as long as the device is busy.
+    doubtful : int
+        Loads that keep it busy until the next layer: when fewer are likely, those with at least
+        :data:`DOUBTFUL_CHANCE` follow, up to so many in all.
 
     Returns
     -------
@@ -37,11 +47,16 @@ def plan_loads(
     Loads take the same time and are served one after the other, so the one needed first goes first: if that order
     misses a turn, every order does. Among those of a layer the likeliest goes first, because it is the surest to be
     waited for. A load that is not begun now can be begun at the next layer, with more knowledge; the device only has
-    to be kept busy until then.
+    to be kept busy until then. Doubtful ones go by their chances, because few of them are begun.
     """
     if most <= 0:
         nothing = np.empty(0, np.int64)
         return nothing, nothing
     rows, experts = np.nonzero(absent & (chances >= least))
     order = np.lexsort((-chances[rows, experts], rows))[:most]
-    return rows[order], experts[order]
+    rows, experts = rows[order], experts[order]
+    if len(rows) >= min(doubtful, most):
+        return rows, experts
+    more, others = np.nonzero(absent & (chances >= DOUBTFUL_CHANCE) & (chances < least))
+    order = np.argsort(-chances[more, others], kind="stable")[: min(doubtful, most) - len(rows)]
+    return np.concatenate([rows, more[order]]), np.concatenate([experts, others[order]])

@@ -126,7 +126,7 @@ class AdapterLoads:
             gate=gate or GainGate("auto" if load else "on"),
             predictor=predictor,
             listener=manager.forecast,
-            path_ahead=8 if load else 0,
+            path_ahead=4 if load else 0,
             clock=clock or time.perf_counter,
             last_is_narrow=True,
         )
