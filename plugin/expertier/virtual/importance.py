@@ -14,25 +14,22 @@ _HALF_LIFE = 16.0  # tokens, as of the eviction policy
 
 
 class Importance:
-    """Sum over tokens of the input's norm times the gate weight times the expert's norm, decayed.
+    """Sum over tokens of the input's norm times the gate weight, decayed.
+
+    The norm of the expert's weights, SwapMoE's third factor, is left out: it changed nothing that could be measured.
 
     Parameters
     ----------
     experts : mapping of int to int
         Layer to number of experts.
-    norms : ndarray of float64, shape (N,), optional
-        Norm of every expert's weights, layer after layer. All alike when not given: finding them would read the model.
     half_life : float
         Tokens after which a wish counts half.
     """
 
-    def __init__(
-        self, experts: Mapping[int, int], *, norms: FloatArray | None = None, half_life: float = _HALF_LIFE
-    ) -> None:
+    def __init__(self, experts: Mapping[int, int], *, half_life: float = _HALF_LIFE) -> None:
         layers = sorted(experts)
         first = np.cumsum([0, *(experts[layer] for layer in layers)])
         self._first = dict(zip(layers, first.tolist(), strict=False))
-        self._norms = norms
         self._decay = 2.0 ** (-1.0 / half_life)
         self._sum = np.zeros(int(first[-1]))
 
@@ -73,4 +70,4 @@ class Importance:
 
     def worth(self) -> FloatArray:
         """Importance of every expert, layer after layer, shape ``(N,)``."""
-        return self._sum if self._norms is None else self._sum * self._norms
+        return self._sum
