@@ -93,6 +93,7 @@ def test_the_budget_changes_over_http_where_that_was_turned_on(model: Path, enab
     from expertier_llamacpp.server import OffloadModelSettings, create_app
 
     named = {key: value for key, value in settings().items() if key not in ("seed",)}
+    named["expert_virtual_bias"] = 0.2
     served = OffloadModelSettings(model=str(model), expert_budget="50%", budget_endpoint=enabled, **named)
     with TestClient(create_app(ServerSettings(), [served])) as client:
         answer = client.post("/expertier/budget", json={"budget": "25%"})
@@ -103,6 +104,10 @@ def test_the_budget_changes_over_http_where_that_was_turned_on(model: Path, enab
         assert answer.json()["budget_bytes"] == sizes(model).total // 4
         asked = {"prompt": "the quick", "max_tokens": 4, "temperature": 0}
         assert client.post("/v1/completions", json=asked).status_code == 200
+        virtual = client.get("/expertier/stats").json()["virtual"]
+        assert virtual["bias"] == 0.2
+        assert virtual["tokens"] > 0
+        assert len(virtual["substituted_share"]) == len(virtual["substituted_mass"]) == SPEC.layers
         refused = client.post("/expertier/budget", json={"budget": "1KiB"})
         assert (refused.status_code, refused.json()["error"]["type"]) == (400, "BudgetError")
         assert client.post("/expertier/budget", json={"budgit": 1}).status_code == 422
