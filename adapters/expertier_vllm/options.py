@@ -31,7 +31,7 @@ class VllmOptions:
         whoever reaches the server's port could use it.
     scheduler : str or None
         Who of the waiting requests joins: a key of :data:`expertier.scheduling.BATCHERS`. ``None`` is vLLM's order, or
-        ``greedy`` where ``--scheduler-cls`` names ``expertier_vllm.RegroupingScheduler``.
+        ``similarity`` where ``--scheduler-cls`` names ``expertier_vllm.RegroupingScheduler``.
     fairness : Fairness
         How far that may set a request back: ``fairness_overtaken``, ``fairness_steps`` and ``fairness_seconds``.
     """

@@ -34,7 +34,7 @@ PROMPTS = [
     "Zwei Dinge", "a b c d e f g", "import numpy as np", LONG,
 ]  # fmt: skip
 MESSAGES: Any = [{"role": "user", "content": "tell me about foxes"}]
-ENGINE = ("--max-model-len", "512", "--max-num-seqs", "8", "--max-num-batched-tokens", "64", "--enforce-eager")
+ENGINE = ("--max-model-len", "512", "--max-num-seqs", "4", "--max-num-batched-tokens", "64", "--enforce-eager")
 
 # Stock is asked in a process of its own: what it answers must not depend on anything of ours being imported.
 STOCK = """
@@ -72,7 +72,7 @@ class Server:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         self.log = log
-        ours = {"budget": "50%", "budget_endpoint": True}
+        ours = {"budget": "50%", "budget_endpoint": True, "scheduler": "greedy", "fairness_overtaken": 6}
         with log.open("w") as out:
             self.process = subprocess.Popen(
                 [
@@ -166,6 +166,14 @@ def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
         print(process.log.read_text())
 
 
+def unfinished(server: Server) -> float:
+    """Requests that run or wait, by vLLM's own metrics."""
+    names = ("vllm:num_requests_running{", "vllm:num_requests_waiting{")
+    lines = [line for line in server.get("/metrics").splitlines() if line.startswith(names)]
+    assert len(lines) == len(names)
+    return sum(float(line.rpartition(" ")[2]) for line in lines)
+
+
 def samples(text: str) -> dict[str, float]:
     """Metrics by name, summed over their labels."""
     found: dict[str, float] = {}
@@ -200,6 +208,22 @@ def test_eight_clients_at_a_time_get_the_tokens_that_each_would_get_alone(server
         with ThreadPoolExecutor(8) as pool:
             answers = list(pool.map(server.complete, PROMPTS))
         assert [list(answer.token_ids) for answer in answers] == [item["tokens"] for item in stock[:-1]]
+
+
+def test_clients_that_go_away_in_the_middle_take_nothing_from_those_that_wait(server: Server, stock: list[Any]) -> None:
+    def leave(prompt: str) -> None:
+        with server.client().completions.create(
+            model="tiny", prompt=prompt, temperature=0, max_tokens=400, stream=True, extra_body={"ignore_eos": True}
+        ) as pieces:
+            next(iter(pieces))
+
+    with ThreadPoolExecutor(len(PROMPTS) + 4) as pool:
+        leaving = [pool.submit(leave, f"{number} {prompt}") for number, prompt in enumerate(PROMPTS[:4])]
+        answers = list(pool.map(server.complete, PROMPTS))
+        for each in leaving:
+            each.result()
+    assert [list(answer.token_ids) for answer in answers] == [item["tokens"] for item in stock[:-1]]
+    wait_for(lambda: unfinished(server) == 0)
 
 
 def test_a_sampled_answer_with_a_seed_can_be_repeated(server: Server) -> None:

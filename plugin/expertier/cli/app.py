@@ -217,6 +217,10 @@ def compare(
     load: Annotated[
         str | None, typer.Option("--load", help="Poisson arrivals at this part of what fcfs serves (--scheduler).")
     ] = None,
+    earlier: Annotated[
+        int | None,
+        typer.Option("--earlier", min=0, help="Other texts that are read before (--scheduler). \\[default: 32]"),
+    ] = None,
     log: Annotated[
         Path | None, typer.Option("--log", help="Requests as a log recorded them, a JSON object a line (--scheduler).")
     ] = None,
@@ -249,7 +253,13 @@ def compare(
                 engine=engine,
                 arms=tuple(scheduler),
                 batches=tuple(dict.fromkeys(batch or (8,))),
-                plan=TrafficPlan(requests=queued, clients=queued, domains=domains, budget=0),
+                plan=TrafficPlan(
+                    requests=queued,
+                    clients=queued,
+                    domains=domains,
+                    earlier=32 if earlier is None else earlier,
+                    budget=0,
+                ),
                 prompt=prompt,
                 output=output,
                 load=load,
@@ -263,7 +273,7 @@ def compare(
             )
         )
         return
-    refuse_without("--scheduler", batch=batch, domains=domains, load=load, log=log)
+    refuse_without("--scheduler", batch=batch, domains=domains, load=load, log=log, earlier=earlier)
     command(
         CompareRequest(
             model=model,

@@ -278,7 +278,8 @@ class Admission:
             answer = [int(place) for place in self.batcher.choose(now)]
             if len(set(answer)) != len(answer) or any(not 0 <= place < len(free) for place in answer):
                 raise ValueError(f"it named {answer} of {len(free)} requests")
-            return answer if self.worth.mode == "on" or _gain(now, answer) >= LEAST_GAIN else []
+            least = getattr(self.batcher, "least_gain", LEAST_GAIN)
+            return answer if self.worth.mode == "on" or _gain(now, answer) >= least else []
         except Exception as error:
             self.give_up(error)
             return []

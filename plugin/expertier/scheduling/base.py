@@ -37,7 +37,10 @@ class Round:
 
 
 class Batcher(Protocol):
-    """Chooses who joins. Fairness is not its business: :class:`expertier.scheduling.Admission` bounds what it does."""
+    """Chooses who joins. Fairness is not its business: :class:`expertier.scheduling.Admission` bounds what it does.
+
+    It may have a ``least_gain`` of its own in place of :data:`expertier.scheduling.worth.LEAST_GAIN`.
+    """
 
     name: str
 

@@ -8,6 +8,9 @@ from numpy.typing import NDArray
 from expertier.residency.base import IntArray
 from expertier.scheduling.base import Round
 
+_COMPARED = 64
+"""Requests among which neighbours of those that wait are looked for: the first ones."""
+
 
 def unit(paths: NDArray[np.float32], usual: NDArray[np.float32]) -> NDArray[np.float32]:
     """What sets paths apart from the usual one, each of length 1; zeros where nothing does."""
@@ -18,43 +21,53 @@ def unit(paths: NDArray[np.float32], usual: NDArray[np.float32]) -> NDArray[np.f
 
 
 class Similarity:
-    """Keeps similar requests together for a while: whoever is closest to its nearest neighbours in the batch joins.
+    """Keeps similar requests together for a while: whoever is close to its nearest neighbours in the batch joins.
 
     Neighbours and not the batch's mean: while one kind of request runs out and another takes over, the mean of the two
-    is like neither.
+    is like neither. Whoever has as close neighbours among those that wait can wait for them, so that is taken off, and
+    nobody is left over who is like none of the last. Paths are compared by their roots (Hellinger's distance):
+    otherwise the experts that everybody uses decide.
+
+    Parameters
+    ----------
+    neighbours : int
+        So many count.
+    regret : float
+        How much those that wait count against those that run.
     """
 
     name = "similarity"
+    least_gain = -0.05  # it looks further ahead than to the next step's experts
 
-    def __init__(self, neighbours: int = 2) -> None:
+    def __init__(self, neighbours: int = 6, regret: float = 0.5) -> None:
         self._neighbours = neighbours
+        self._regret = regret
 
     def choose(self, now: Round) -> IntArray:
-        waiting = unit(now.waiting, now.usual)
-        near = np.full((self._neighbours, len(waiting)), -np.inf, np.float32)
-        if len(now.running):
-            alike = waiting @ unit(now.running, now.usual).T
-            for column in alike.T:
-                near = _keep_highest(near, column)
-        return _grow(waiting, near, now.room, self._neighbours)
+        root = np.sqrt(now.usual)
+        waiting = unit(np.sqrt(now.waiting), root)
+        alike = waiting @ unit(np.sqrt(now.running), root).T
+        among = waiting @ waiting[:_COMPARED].T
+        np.fill_diagonal(among, -np.inf)
+        chosen: list[int] = []
+        for _ in range(min(now.room, len(waiting))):
+            later = self._near(among)
+            score = self._near(alike) - self._regret * later if alike.shape[1] else later
+            score[chosen] = -np.inf
+            place = int(score.argmax())
+            chosen.append(place)
+            alike = np.column_stack([alike, waiting @ waiting[place]])
+            if place < among.shape[1]:
+                among[:, place] = -np.inf
+        return np.array(chosen, np.int64)
 
-
-def _keep_highest(near: NDArray[np.float32], fresh: NDArray[np.float32]) -> NDArray[np.float32]:
-    return np.sort(np.vstack([near, fresh]), axis=0)[1:]
-
-
-def _grow(waiting: NDArray[np.float32], near: NDArray[np.float32], room: int, neighbours: int) -> IntArray:
-    chosen: list[int] = []
-    free = np.ones(len(waiting), bool)
-    for _ in range(min(room, len(waiting))):
-        seen = np.isfinite(near)
-        score = np.where(seen, near, 0).sum(axis=0) / np.maximum(seen.sum(axis=0), 1)
-        score[~free] = -np.inf
-        place = int(score.argmax()) if seen.any() else 0
-        chosen.append(place)
-        free[place] = False
-        near = _keep_highest(near, waiting @ waiting[place])
-    return np.array(chosen, np.int64)
+    def _near(self, alike: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Mean over the nearest neighbours, shape ``(candidates,)``."""
+        if alike.shape[1] > self._neighbours:
+            alike = np.partition(alike, -self._neighbours, axis=1)[:, -self._neighbours :]
+        seen = np.isfinite(alike)
+        result: NDArray[np.float32] = np.where(seen, alike, 0).sum(axis=1) / np.maximum(seen.sum(axis=1), 1)
+        return result
 
 
 class Greedy:

@@ -18,7 +18,7 @@ from expertier_vllm.route_log import StepRoutes
 
 logger = logging.getLogger("vllm.expertier")
 
-_USUAL: Final = "greedy"
+_USUAL: Final = "similarity"
 
 
 class PreferringQueue(RequestQueue):  # type: ignore[misc]
