@@ -98,7 +98,9 @@ def managed_class(base: Any, opaque: Opaque) -> Any:
 
         def compute_resident(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
             """Run stock's kernel; every expert in `topk_ids` must be resident."""
-            output: torch.Tensor = super().forward_modular(x, topk_weights, topk_ids)
+            spacing = self.managed.spacing
+            numbers = topk_ids if spacing == 1 else topk_ids * spacing
+            output: torch.Tensor = super().forward_modular(x, topk_weights, numbers)
             return output
 
     ManagedExperts.__name__ = ManagedExperts.__qualname__ = f"Managed{base.__name__}"

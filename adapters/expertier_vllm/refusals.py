@@ -45,6 +45,8 @@ class ServerFacts:
         Whether resident experts may stand in for absent ones.
     expert_parallel, eplb, micro_batches, lora, speculative, sleep_mode, weight_offload, elastic : bool
         Features that are on.
+    second_runner : bool
+        Whether vLLM's model runner V2 is to run the model.
     """
 
     platform: str
@@ -65,6 +67,7 @@ class ServerFacts:
     sleep_mode: bool = False
     weight_offload: bool = False
     elastic: bool = False
+    second_runner: bool = False
 
 
 def check_server(facts: ServerFacts) -> None:
@@ -124,6 +127,13 @@ def _findings(facts: ServerFacts) -> list[tuple[bool, ExpertierError]]:
                 f"Virtual experts are not possible with --tensor-parallel-size {facts.tensor_parallel}: experts come "
                 "and go in each worker on its own, and each would choose others.",
                 "Use one worker, or leave out virtual_bias and quality_budget.",
+            ),
+        ),
+        (
+            facts.second_runner,
+            option(
+                "vLLM's model runner V2 does not tell Expertier what a step computes.",
+                "Set VLLM_USE_V2_MODEL_RUNNER=0.",
             ),
         ),
         (facts.elastic, option("Elastic expert parallelism is not supported.", plain)),
@@ -188,16 +198,16 @@ def unmanaged_experts(kind: str, layers: int) -> UnsupportedModelError:
 def unverified_quantisation(method: str) -> UnsupportedModelError:
     """Experts are quantised by a method that was not verified."""
     return UnsupportedModelError(
-        f"Experts quantised with {method} are not supported yet in vLLM.",
-        "Use a checkpoint in bf16, fp16 or fp32, or start without Expertier.",
+        f"Experts quantised with {method} are not supported in vLLM.",
+        "Use a checkpoint in bf16, fp16, fp32, fp8 (blocks of 128), int8, int4 or MXFP4, or start without Expertier.",
     )
 
 
-def shared_pages(name: str, size: int, page: int) -> UnsupportedModelError:
-    """Experts that share pages cannot come and go one by one."""
+def unverified_kernel(kernel: str) -> UnsupportedModelError:
+    """Experts are computed by a kernel of which it is not known where it looks for them."""
     return UnsupportedModelError(
-        f"An expert's {name} has {size} bytes, not a multiple of the page size {page}: experts would share pages.",
-        "Start without Expertier.",
+        f"vLLM computes these experts with {kernel}, and where that looks for them is not known.",
+        "Choose another kernel with --moe-backend, or start without Expertier.",
     )
 
 

@@ -173,7 +173,7 @@ class Runtime:
         self._looked = False
         self._pack: Pack | None = None
         self._asked: int | None = None
-        self._smallest = self._largest = 0
+        self._smallest = self._largest = self._always = 0
         self._ahead: AheadLoader | None = None
         self._recording: StepRecording | None = None
         self._spans: Sequence[Span] = ()  # tokens of the forward pass that has been announced
@@ -266,7 +266,8 @@ class Runtime:
         offload = self.options.offload
         self._smallest = max(layer.top_k * pool.slot_bytes(layer.layer) for layer in managed)
         self._largest = sum(layer.experts * pool.slot_bytes(layer.layer) for layer in managed)
-        self._asked = parse_budget(offload.budget, self._largest)
+        self._always = sum(stage.resident_bytes for stage in self._stages)
+        self._asked = self._without_resident(parse_budget(offload.budget, self._largest + self._always))
         # Until the KV cache has its memory, budget "auto" holds one layer: enough for warm-ups.
         self._one_layer = max(layer.experts * pool.slot_bytes(layer.layer) for layer in managed)
         settings = VirtualSettings.from_options(offload, top_k=min(stage.top_k for stage in self._stages))
@@ -318,6 +319,7 @@ class Runtime:
                 for part in layer.parts
                 if part.name not in windowed
             }
+            stage.spacing = pool.spacing[stage.layer]
             stage.settle(addresses, resident)
 
     @property
@@ -334,6 +336,19 @@ class Runtime:
                 "A predictor of routes needs all layers in one worker.", "Use tensor instead of pipeline parallelism."
             )
         return None
+
+    def _without_resident(self, budget: int | None) -> int | None:
+        """What a budget leaves to experts that come and go, after what stays resident of all of them."""
+        if budget is None or not self._always:
+            return budget
+        if budget - self._always < self._smallest:
+            raise BudgetError(
+                f"A budget of {format_bytes(budget)} cannot hold what stays resident of all experts, their scales and "
+                f"biases ({format_bytes(self._always)}), and the experts of one token "
+                f"({format_bytes(self._smallest)}).",
+                f"Give at least {format_bytes(self._always + self._smallest)}.",
+            )
+        return budget - self._always
 
     @property
     def automatic(self) -> bool:
@@ -487,7 +502,7 @@ class Runtime:
         BudgetError
             It is not an amount, or too small; the old one stays in force.
         """
-        asked = parse_budget(budget, self._largest)
+        asked = self._without_resident(parse_budget(budget, self._largest + self._always))
         if asked is None:
             held = self.manager.stats().resident_bytes
             limit = memory_left()
@@ -495,7 +510,7 @@ class Runtime:
         self.manager.resize(min(asked, self._largest))
         if self._pressure is not None:
             self._pressure.ask(self.manager.budget)
-        return self.manager.budget
+        return self.manager.budget + self._always
 
     @property
     def reserved(self) -> int:
@@ -528,9 +543,15 @@ class Runtime:
         return asdict(self.virtual.stats())
 
     def stats(self) -> dict[str, Any]:
-        """Counters as plain data: :meth:`expertier.telemetry.Stats.as_dict`, ``rank``, ``mode``, and what was lost."""
+        """Counters as plain data: :meth:`expertier.telemetry.Stats.as_dict`, ``rank``, ``mode``, and what was lost.
+
+        Bytes count what stays resident of all experts, too.
+        """
+        counters = self.manager.stats().as_dict()
+        for name in ("budget_bytes", "resident_bytes", "peak_resident_bytes", "total_bytes"):
+            counters[name] += self._always
         return {
-            **self.manager.stats().as_dict(),
+            **counters,
             "rank": self.facts.rank,
             "mode": self._mode_line() if self._serving else "",
             "virtual": None,
@@ -539,11 +560,12 @@ class Runtime:
 
     def _mode_line(self) -> str:
         stats = self.manager.stats()
+        budget, total = stats.budget_bytes + self._always, stats.total_bytes + self._always
         assert self._pack is not None
         return (
             f"expertier: {self._catalog.architecture}, {self.facts.shard}, {stats.total_experts} experts of "
-            f"{format_bytes(max(self._slot.values()))}, budget {format_bytes(stats.budget_bytes)} of "
-            f"{format_bytes(stats.total_bytes)} ({100 * stats.budget_bytes / stats.total_bytes:.0f} %), "
+            f"{format_bytes(max(self._slot.values()))} ({self._stages[0].format}), "
+            f"budget {format_bytes(budget)} of {format_bytes(total)} ({100 * budget / total:.0f} %), "
             f"policy {self.manager.config.policy}, prediction by {self._ahead.words() if self._ahead else 'nothing'}, "
             f"sidecar {self._pack.path}, "
             f"{words_of_losses(self.virtual, self._quality)}"

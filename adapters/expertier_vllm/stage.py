@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -16,50 +14,20 @@ from expertier.errors import ModelFormatError, UnsupportedModelError
 from expertier.residency.pages import PAGE
 from expertier_vllm import refusals
 from expertier_vllm.checkpoint import CheckpointFiles, Source, SourceReader, tensor_at
+from expertier_vllm.row_fill import Row, RowFill
 
 if TYPE_CHECKING:
     from expertier_vllm.runtime import Runtime
     from expertier_vllm.stand_ins import RouterScoring
 
-_SMALL: Final = 8  # rows below this fraction of an expert stay resident for all experts
-# Upstream: unquantized_fused_moe_method.py. No other method runs on the processors this was tested on.
-_VERIFIED_METHODS: Final = frozenset({"UnquantizedFusedMoEMethod"})
 _NUMBER: Final = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """What one expert holds of one of a layer's tensors, after vLLM has processed it.
-
-    Attributes
-    ----------
-    param : str
-        Attribute of the layer, e.g. ``w13_weight``.
-    shape : tuple of int
-        Without the expert dimension.
-    dtype : torch.dtype
-        Element type.
-    window : bool
-        Whether it comes and goes with its expert; small rows stay resident for all experts.
-    """
-
-    param: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    window: bool
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of one expert's row."""
-        return math.prod(self.shape) * int(self.dtype.itemsize)
 
 
 class ExpertStage:
     """A layer's place in the offload manager, and its one-expert stage while it loads.
 
-    The layer's weights are created for one expert. Checkpoint tensors of an expert are put into them by vLLM's own
-    ``weight_loader``, vLLM's own post-processing rearranges them, and the result is that expert's row of what stock
-    would hold for all of them.
+    The layer's weights are created for one expert, see :class:`~expertier_vllm.row_fill.RowFill`. Here is noted where
+    the checkpoint has every expert's tensors, and from here the sidecar gets every expert's rows.
 
     Parameters
     ----------
@@ -76,10 +44,11 @@ class ExpertStage:
         Place among the MoE layers of this worker, set by the runtime.
     experts, top_k : int
         Of the layer.
-    filling : bool
-        Whether the layer's ``weight_loader`` is stock's at the moment.
     rows : tuple of Row
         What an expert consists of; empty until :meth:`set_up`.
+    spacing : int
+        Expert ``e`` goes by the number ``e * spacing`` in the layer's weights; see
+        :attr:`expertier.residency.windows.WindowPool.spacing`.
     """
 
     def __init__(self, module: Any, name: str) -> None:
@@ -90,45 +59,42 @@ class ExpertStage:
         self.name = name
         self.layer = int(numbers[0])
         self.position = -1
-        self.experts = self.top_k = 0
-        self.filling = False
+        self.top_k = 0
+        self.spacing = 1
         self.rows: tuple[Row, ...] = ()
         self.runtime: Runtime
         self.scoring: RouterScoring  # where virtual experts are on
         self._sources: dict[int, list[Source]] = {}
-        self._creation: dict[str, Any] = {}
+        self._fill: RowFill
         self._method: Any = None
-        self._create: Callable[..., None]
-        self._process: Callable[[Any], None]
 
     # ---- construction
 
     def adopt(self, method: Any) -> None:
         """Make a quantisation method create weights for one expert, and report to us when they are loaded.
 
-        Upstream: ``RoutedExperts.__init__`` calls ``create_weights``, ``process_weights_after_loading`` of
-        model_loader/utils.py the method's of the same name.
-
         Raises
         ------
         UnsupportedModelError
-            The method was never seen to compute right on experts that come and go.
+            As for :class:`~expertier_vllm.row_fill.RowFill`.
         """
-        if type(method).__name__ not in _VERIFIED_METHODS:
-            raise refusals.unverified_quantisation(type(method).__name__)
+        self._fill = RowFill(self.module, method, lambda: self.runtime.loaded(self))
         self._method = method
-        self._create, self._process = method.create_weights, method.process_weights_after_loading
 
-        def create_weights(layer: Any, num_experts: int, **arguments: Any) -> None:
-            self.experts = num_experts
-            self._creation = arguments
-            self._create(layer=layer, num_experts=1, **arguments)
+    @property
+    def experts(self) -> int:
+        """Experts of the layer."""
+        return self._fill.experts
 
-        def process_weights_after_loading(layer: Any) -> None:
-            self.runtime.loaded(self)
+    @property
+    def format(self) -> str:
+        """How the experts are quantised, in words."""
+        return self._fill.format.name
 
-        method.create_weights = create_weights
-        method.process_weights_after_loading = process_weights_after_loading
+    @property
+    def filling(self) -> bool:
+        """Whether the layer's ``weight_loader`` is stock's at the moment."""
+        return self._fill.filling
 
     @property
     def method(self) -> Any:
@@ -139,6 +105,7 @@ class ExpertStage:
 
     def remember(self, param: torch.nn.Parameter, tensor: torch.Tensor, name: str, shard: str, expert: int) -> None:
         """Note where a checkpoint tensor of an expert lies, unless the sidecar has it already."""
+        self._fill.saw(name)
         files = self.runtime.sources()
         if files is None:
             return
@@ -161,7 +128,7 @@ class ExpertStage:
         if place is None:
             raise refusals.not_on_storage(name)
         source = Source(
-            param=next(key for key, value in self.module.named_parameters() if value is param),
+            param=self._fill.param_of(param),
             shard=shard,
             name=name,
             file=place[0],
@@ -173,39 +140,8 @@ class ExpertStage:
         self._sources.setdefault(expert, []).append(source)
 
     def set_up(self) -> None:
-        """Find out what an expert consists of once it has been processed; keeps nothing of the weights."""
-        self._run_once()
-        if self.method.is_monolithic:
-            raise refusals.monolithic_backend(type(self.method).__name__)
-        parameters = dict(self.module.named_parameters())
-        total = sum(value.nbytes for value in parameters.values())
-        rows = []
-        for name, value in parameters.items():
-            if value.dim() < 2 or value.shape[0] != 1 or not value.is_contiguous():
-                raise refusals.unverified_quantisation(type(self.method).__name__)
-            window = value.nbytes * _SMALL >= total
-            if window and value.nbytes % PAGE:
-                raise refusals.shared_pages(name, value.nbytes, PAGE)
-            rows.append(Row(param=name, shape=tuple(value.shape[1:]), dtype=value.dtype, window=window))
-        self.rows = tuple(sorted(rows, key=lambda row: (not row.window, row.param.startswith("w2"))))
-        self._clear()
-
-    def _run_once(self) -> None:
-        """Leave the layer as stock's processing leaves it, with one expert of zeros."""
-        self._reset()
-        for value in self.module.parameters():
-            value.data.zero_()
-        self._process(self.module)
-
-    def _clear(self) -> None:
-        for name in [name for name, _ in self.module.named_parameters()]:
-            delattr(self.module, name)
-
-    def _reset(self) -> None:
-        """Give the layer unprocessed weights for one expert again."""
-        self._clear()
-        self._method.moe_kernel = None  # upstream rearranges only the first time
-        self._create(layer=self.module, num_experts=1, **self._creation)
+        """Find out what an expert consists of once it has been processed; see :meth:`RowFill.rows`."""
+        self.rows = self._fill.rows()
 
     # ---- writing the sidecar
 
@@ -239,34 +175,29 @@ class ExpertStage:
             The checkpoint lacks tensors of an expert.
         """
         self._check_complete()
-        small: dict[str, list[bytes]] = {row.param: [] for row in self.rows if not row.window}
+        fill = self._fill
+        small: dict[Row, list[bytes]] = {row: [] for row in self.rows if not row.window}
         try:
+            fill.gather(self._sources.values(), reader)
             for row in self.rows:
-                if not row.window and small[row.param]:
-                    yield from (memoryview(data) for data in small[row.param])
+                family = _family(row.param)
+                if small.get(row):
+                    yield from (memoryview(data) for data in small[row])
                     continue
+                # Small rows are kept from the first time that their family is read. Large ones are not: the reading of
+                # a layer is repeated for each, rather than all its experts held in memory.
+                unread = [other for other, rows in small.items() if not rows and _family(other.param) == family]
                 for expert in range(self.experts):
-                    self._fill(expert, _family(row.param), reader)
-                    for name, rows in small.items():
-                        if _family(name) == _family(row.param):
-                            rows.append(bytes(_bytes_of(getattr(self.module, name))))
-                    yield _bytes_of(getattr(self.module, row.param))
+                    mine = [source for source in self._sources[expert] if _family(source.param) == family]
+                    fill.fill(mine, reader)
+                    for other in unread:
+                        small[other].append(bytes(fill.bytes_of(other)))
+                    if row.window:
+                        yield fill.bytes_of(row)
+                if not row.window:
+                    yield from (memoryview(data) for data in small[row])
         finally:
-            self._clear()
-
-    def _fill(self, expert: int, family: str, reader: SourceReader) -> None:
-        """Bring the tensors of one expert whose names begin with `family` through vLLM's loading."""
-        self._reset()
-        self.filling = True
-        try:
-            for source in self._sources[expert]:
-                if _family(source.param) == family:
-                    self.module.weight_loader(
-                        getattr(self.module, source.param), reader.read(source), source.name, source.shard, expert, True
-                    )
-        finally:
-            self.filling = False
-        self._process(self.module)
+            fill.clear()
 
     def _check_complete(self) -> None:
         expected = {(source.param, source.shard) for sources in self._sources.values() for source in sources}
@@ -292,17 +223,26 @@ class ExpertStage:
             Part name to the rows of all experts.
         """
         self._sources.clear()
-        self._run_once()
+        values = {}
         for row in self.rows:
             name = f"{self.name}.{row.param}"
+            shape = (self.experts * self.spacing, *row.shape)
             if row.window:
-                # Not a parameter: whoever walks over those (checksums, sleep mode, saving) would touch absent experts.
-                delattr(self.module, row.param)
-                window = tensor_at(addresses[name], (self.experts, *row.shape), row.dtype)
-                self.module.__dict__[row.param] = window
-            else:
-                # The same Parameter object: upstream's kernel keeps the one it was built with.
-                getattr(self.module, row.param).data = resident[name]
+                values[row] = tensor_at(addresses[name], shape, row.dtype)
+            elif row.common:
+                values[row] = resident[name][0]
+            elif self.spacing == 1:
+                values[row] = resident[name]
+            else:  # zeros cost no memory before they are touched
+                values[row] = torch.zeros(shape, dtype=row.dtype)
+                values[row][:: self.spacing] = resident[name]
+        self._fill.settle(values)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes that stay resident for all experts, at most."""
+        rows = [row.nbytes for row in self.rows if not row.window]
+        return self.experts * sum(min(self.spacing * size, size + 2 * PAGE) for size in rows)
 
     def choose(
         self, logits: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor
@@ -340,7 +280,3 @@ def _family(param: str) -> str:
 
 def _role(param: str) -> PartRole:
     return "down" if _family(param) == "w2" else "gate_up"
-
-
-def _bytes_of(parameter: torch.Tensor) -> memoryview:
-    return memoryview(parameter.data.view(torch.uint8).numpy().reshape(-1))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from expertier.catalog.types import ExpertPart, LayerExperts
+from expertier.errors import UnsupportedModelError
 from expertier.manager import OffloadManager
 from expertier.residency import pages
 from expertier.residency.windows import WindowPool
@@ -72,7 +74,44 @@ def test_packed_experts_lie_side_by_side_as_an_engine_expects_that_knows_only_si
             manager.close()
 
 
-@pytest.mark.parametrize("sizes", [(PAGE + 2, PAGE), (PAGE, PAGE // 2)])
-def test_packed_experts_that_would_share_pages_are_refused(tmp_path: Path, sizes: tuple[int, int]) -> None:
-    with pytest.raises(ValueError, match="share pages"), packed_pool(tmp_path, sizes):
+def test_packed_experts_of_odd_sizes_are_kept_off_each_others_pages(tmp_path: Path) -> None:
+    sizes = (PAGE + 1024, PAGE // 2)
+    path = tmp_path / "experts.bin"
+    room = 2 * PAGE  # in the file every expert begins on a page
+    contents = np.random.default_rng(1).bytes(2 * EXPERTS * room)
+    path.write_bytes(contents)
+    odd = layer(path, 0, 0, sizes)
+    parts = tuple(
+        replace(part, offset=index * EXPERTS * room, padded_bytes=room) for index, part in enumerate(odd.parts)
+    )
+    file = StorageFile(path)
+    pool = WindowPool([replace(odd, parts=parts)], {path: file}, packed=True)
+    manager = OffloadManager(experts={0: EXPERTS}, top_k={0: 2}, pool=pool, budget=2 * pool.slot_bytes(0))
+    try:
+        assert pool.spacing == {0: 4}
+        assert pool.slot_bytes(0) == 3 * PAGE
+        for experts in ([4, 0], [1, 2], [3, 4]):
+            with manager.acquire(0, experts):
+                for part in parts:
+                    base = pool.placements[part.name].address
+                    for expert in experts:
+                        found = bytes(pages.view(base + 4 * expert * part.expert_bytes, part.expert_bytes))
+                        start = part.offset + expert * room
+                        assert found == contents[start : start + part.expert_bytes]
+        assert manager.stats().peak_resident_bytes <= 6 * PAGE
+    finally:
+        manager.close()
+        pool.close()
+        file.close()
+
+
+def test_packed_experts_that_share_pages_in_their_file_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="do not begin on a page"), packed_pool(tmp_path, (PAGE + 2, PAGE)):
         pass
+
+
+def test_experts_of_odd_sizes_that_no_address_space_can_hold_are_refused_by_name(tmp_path: Path) -> None:
+    huge = layer(tmp_path, 0, 0, ((1 << 40) + 2, PAGE))
+    parts = tuple(replace(part, padded_bytes=(1 << 40) + PAGE) for part in huge.parts)
+    with pytest.raises(UnsupportedModelError, match="of address space"):
+        WindowPool([replace(huge, parts=parts)], {tmp_path: None}, packed=True)  # type: ignore[dict-item]

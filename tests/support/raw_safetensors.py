@@ -8,7 +8,19 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F4": 4, "I32": 32, "F16": 16, "BF16": 16, "F32": 32}
+BITS = {
+    "BOOL": 8,
+    "U8": 8,
+    "I8": 8,
+    "F8_E4M3": 8,
+    "F8_E8M0": 8,
+    "F4": 4,
+    "I32": 32,
+    "I64": 64,
+    "F16": 16,
+    "BF16": 16,
+    "F32": 32,
+}
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from support import quantised
 from support.raw_safetensors import Tensor, build
 
 # gpt_oss stores its experts in MXFP4 as released, gpt_oss_bf16 as fine-tunes do.
@@ -63,6 +64,9 @@ class HfSpec:
         Number of files to split the weights into; more than one comes with an index.
     seed : int
         Seed of all weights.
+    experts_as : str
+        How the experts of a family that stores them one by one are quantised, one of `quantised.FORMATS`; empty:
+        not at all.
     """
 
     family: str = "qwen3_moe"
@@ -75,6 +79,7 @@ class HfSpec:
     vocabulary: int = 320
     files: int = 1
     seed: int = 0
+    experts_as: str = ""
 
     @property
     def dense_layers(self) -> int:
@@ -133,7 +138,7 @@ def write_hf(directory: str | os.PathLike[str], spec: HfSpec) -> Path:
     eos = spec.vocabulary - 1
     _write_json(target / "generation_config.json", {"eos_token_id": eos, "pad_token_id": eos - 2})
     _write_tokenizer(target, spec.vocabulary)
-    tensors = [_tensor(weight, spec) for weight in _weights(spec)]
+    tensors = [tensor for weight in _weights(spec) for tensor in _tensors(weight, spec)]
     if spec.files == 1:
         (target / "model.safetensors").write_bytes(build(tensors))
         return target
@@ -200,7 +205,12 @@ def _config(spec: HfSpec) -> dict[str, Any]:
         "num_experts_per_tok": spec.top_k,
         "intermediate_size": spec.intermediate,
     }
-    return common | _CONFIGS[spec.family](spec)
+    config = common | _CONFIGS[spec.family](spec)
+    if spec.experts_as:
+        names = (weight.name for weight in _weights(spec) if len(weight.shape) == 2 and not _quantises(weight, spec))
+        plain = [name.removesuffix(".weight") for name in names]
+        config["quantization_config"] = quantised.configuration(spec.experts_as, plain)
+    return config
 
 
 def _qwen3(spec: HfSpec) -> dict[str, Any]:
@@ -468,7 +478,20 @@ def _fused_with_biases(spec: HfSpec, prefix: str) -> Iterator[_Weight]:
         yield _bias(f"{prefix}{name}_bias", spec.experts, rows)
 
 
+def _quantises(weight: _Weight, spec: HfSpec) -> bool:
+    return bool(spec.experts_as) and ".experts." in weight.name
+
+
 # --- values -----------------------------------------------------------------------------------------------------------
+
+
+def _tensors(weight: _Weight, spec: HfSpec) -> Iterator[Tensor]:
+    if _quantises(weight, spec):
+        rows, columns = weight.shape
+        name = weight.name.removesuffix(".weight")
+        yield from quantised.matrix(spec.experts_as, name, rows, columns, weight.spread, spec.seed)
+    else:
+        yield _tensor(weight, spec)
 
 
 def _tensor(weight: _Weight, spec: HfSpec) -> Tensor:

@@ -14,6 +14,7 @@ import pytest
 
 from support.tiny_hf import HfSpec, write_hf
 from support.vllm_process import engine, error_of, kill, run, start
+from support.vllm_rows import sidecar_rows, stock_rows
 
 pytest.importorskip("vllm")
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -43,37 +44,10 @@ def sidecars(directory: Path) -> list[Path]:
 
 def rows_of_stock(model: str) -> dict[str, Any]:
     """Digests of every expert's row as stock holds it after processing, and of what the sidecar has."""
-    import hashlib
-
-    import torch
-
-    from expertier.catalog.pack import PackKey, read_pack
-
-    def digest(data: Any) -> str:
-        return hashlib.sha256(data).hexdigest()
-
-    stock = {}
     with engine(model) as llm:
-        worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
-        for name, parameter in worker.get_model().named_parameters():
-            if ".experts." in name:
-                owner, _, param = name.rpartition(".")
-                for expert, row in enumerate(parameter.data.view(parameter.shape[0], -1).view(torch.uint8)):
-                    stock[f"{owner.removesuffix('.routed_experts')}.{param} {expert}"] = digest(row.numpy().tobytes())
+        stock = stock_rows(llm)
     with engine(model, "50%") as llm:
-        worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
-        key: PackKey = worker.expertier._pack.key
-        pack = read_pack(worker.expertier._pack.path, key)
-    ours = {}
-    with pack.path.open("rb") as file:
-        for name, part in pack.parts.items():
-            for expert in range(part.experts):
-                file.seek(part.offset + expert * part.stride)
-                data = file.read(part.expert_bytes)
-                ours[f"{name} {expert}"] = digest(data)
-                check = pack.check(name, expert)
-                assert check is not None
-                check(memoryview(data))
+        ours = sidecar_rows(llm)
     return {"stock": stock, "ours": ours}
 
 

@@ -45,6 +45,7 @@ def test_a_plain_server_is_not_refused() -> None:
         ({"micro_batches": True}, UnsupportedOptionError, "--enable-dbo"),
         ({"virtual": True, "tensor_parallel": 2}, UnsupportedOptionError, "--tensor-parallel-size 2"),
         ({"elastic": True}, UnsupportedOptionError, "Elastic"),
+        ({"second_runner": True}, UnsupportedOptionError, "model runner V2"),
         ({"lora": True}, UnsupportedOptionError, "--enable-lora"),
         ({"speculative": True}, UnsupportedOptionError, "Speculative decoding"),
         ({"sleep_mode": True}, UnsupportedOptionError, "--enable-sleep-mode"),
@@ -178,12 +179,12 @@ def test_an_unknown_version_of_vllm_is_refused_and_stock_still_starts(tmp_path: 
 
 
 def test_a_quantisation_that_was_never_run_with_expertier_is_refused_by_name() -> None:
-    class Fp8MoEMethod:
+    class MoEMethodOfTomorrow:
         def create_weights(self) -> None:
             raise AssertionError("nothing is created")
 
         process_weights_after_loading = create_weights
 
     stage = ExpertStage(object(), "model.layers.3.mlp.experts")
-    with pytest.raises(UnsupportedModelError, match=r"Fp8MoEMethod.*bf16"):
-        stage.adopt(Fp8MoEMethod())
+    with pytest.raises(UnsupportedModelError, match=r"MoEMethodOfTomorrow.*bf16"):
+        stage.adopt(MoEMethodOfTomorrow())

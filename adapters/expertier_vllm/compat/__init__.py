@@ -9,8 +9,8 @@ from typing import Any, Final
 from expertier.errors import UnsupportedEngineError
 from expertier_vllm.options import VllmOptions
 
-VERIFIED: Final = {"0.32": "v032"}
-"""Releases whose internals were read and tried, and the package that touches them."""
+VERIFIED: Final = {"0.32": "v032", "0.33": "v033"}
+"""Releases whose internals were read, and the package that touches them."""
 
 
 CPU_BUILD: Final = "python examples/setup/install_vllm.py in Expertier's repository (pip alone leaves it broken)"

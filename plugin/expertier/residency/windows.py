@@ -2,19 +2,22 @@
 
 Engines compute an expert's address as ``base + expert * stride``. Where the stride is free to choose (llama.cpp:
 ``tensor.nb[2]``), the parts of a layer share one: expert ``e`` occupies one contiguous window with its parts one after
-the other. Where it is the size of the part (vLLM's CPU kernels), every part has windows of its own. No page is shared
-between experts. A window is either backed by memory or inaccessible, and the memory of an expert that leaves moves
-under the window of the one that comes.
+the other. Where it is the size of the part (vLLM's CPU kernels), every part has windows of its own, and if that size is
+no multiple of the page size, only every so many'th number is an expert's. No page is shared between experts. A window
+is either backed by memory or inaccessible, and the memory of an expert that leaves moves under the window of the one
+that comes.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from expertier.budget import format_bytes
 from expertier.catalog.types import ExpertPart, LayerExperts
-from expertier.errors import ExpertLoadError
+from expertier.errors import ExpertLoadError, UnsupportedModelError
 from expertier.residency import pages
 from expertier.residency.pages import HUGE_PAGE, PAGE
 from expertier.residency.pool import PlannedRead
@@ -78,13 +81,21 @@ class WindowPool:
     check_for : callable, optional
         Called with tensor name and expert when a read is planned; returns what has to look at the bytes, if anything.
     packed : bool
-        Whether the experts of a part lie side by side without gaps, as an engine needs that computes addresses from
-        sizes. Their sizes and file offsets must then be multiples of the page size.
+        Whether the engine computes addresses from sizes: what it takes for number ``n`` lies at ``n`` times the size of
+        one. Expert ``e`` then goes by the number ``e * spacing``. File offsets must be multiples of the page size.
+
+    Attributes
+    ----------
+    spacing : dict of int to int
+        By layer, the smallest factor that keeps experts off each other's pages in all parts: 1 where sizes are
+        multiples of the page size, at most a page's bytes. What lies between is address space and nothing more.
 
     Raises
     ------
     ValueError
-        When `packed` is asked for experts that would share pages.
+        When `packed` is asked for experts that do not begin on a page in their file.
+    UnsupportedModelError
+        The process has not enough address space.
 
     Notes
     -----
@@ -106,6 +117,7 @@ class WindowPool:
         self._windows: dict[int, list[_Window]] = {}
         self._regions: list[tuple[int, int]] = []
         self.placements: dict[str, PartPlacement] = {}
+        self.spacing: dict[int, int] = {}
         self._stages = {layer.layer: len(layer.parts) for layer in layers}
         try:
             for layer in layers:
@@ -144,15 +156,27 @@ class WindowPool:
 
     def _lay_out_packed(self, layer: LayerExperts, files: Mapping[Path, StorageFile]) -> list[_Window]:
         windows = []
+        # Powers of two: the largest is a multiple of all.
+        spacing = max(PAGE // math.gcd(part.expert_bytes, PAGE) for part in layer.parts)
+        self.spacing[layer.layer] = spacing
         for stage, part in enumerate(layer.parts):
-            size = part.expert_bytes
-            if size % PAGE or part.offset % PAGE or part.stride % PAGE:
-                raise ValueError(f"experts of {part.name} ({size} bytes) would share pages")
-            base = pages.reserve(size * layer.experts)
-            self._regions.append((base, size * layer.experts))
+            if part.offset % PAGE or part.stride % PAGE:
+                raise ValueError(f"experts of {part.name} do not begin on a page of {part.file}")
+            size = -(-part.expert_bytes // PAGE) * PAGE
+            stride = spacing * part.expert_bytes
+            region = stride * layer.experts
+            try:
+                base = pages.reserve(region)
+            except OSError as error:
+                raise UnsupportedModelError(
+                    f"{part.name} needs {format_bytes(region)} of address space, because an expert's "
+                    f"{part.expert_bytes} bytes are no multiple of the page size {PAGE}: {error.strerror}.",
+                    "Raise the limit on address space (ulimit -v), or start without Expertier.",
+                ) from error
+            self._regions.append((base, region))
             placed = _WindowPart(stage=stage, file=files[part.file], part=part, address=base)
-            windows.append(_Window(base=base, stride=size, size=size, parts=(placed,)))
-            self.placements[part.name] = PartPlacement(name=part.name, address=base, stride=size, stage=stage)
+            windows.append(_Window(base=base, stride=stride, size=size, parts=(placed,)))
+            self.placements[part.name] = PartPlacement(name=part.name, address=base, stride=stride, stage=stage)
         return windows
 
     # ---- ExpertPool

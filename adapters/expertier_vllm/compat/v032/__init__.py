@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import replace
 from typing import Any, Final
 
@@ -66,6 +67,15 @@ def regrouping_scheduler() -> Any:
     return RegroupingScheduler
 
 
+def fail_requests(scheduler: Any, requests: Set[str], problem: str) -> None:
+    """Have a scheduler end requests at its next chance, because of `problem`.
+
+    Upstream: ``Scheduler.grammar_compile_error_reqs``, whose requests end with FINISHED_ERROR, which the API server
+    answers with status 500. Why is told another way (``causes.py``).
+    """
+    scheduler.grammar_compile_error_reqs |= requests
+
+
 def read_facts(config: Any) -> ServerFacts:
     """Read off a ``VllmConfig`` what :func:`expertier_vllm.refusals.check_server` wants to know."""
     from vllm.platforms import current_platform
@@ -91,4 +101,5 @@ def read_facts(config: Any) -> ServerFacts:
         weight_offload=config.offload_config.uva.cpu_offload_gb > 0
         or config.offload_config.prefetch.offload_group_size > 0,
         elastic=bool(parallel.enable_elastic_ep),
+        second_runner=bool(config.use_v2_model_runner),
     )

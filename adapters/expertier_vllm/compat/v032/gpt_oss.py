@@ -53,6 +53,7 @@ def _one_by_one(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[s
         if name.endswith(_FUSED):
             head, _, tail = name.partition(_EXPERTS)
             for expert, piece in enumerate(tensor.unbind()):
-                yield f"{head}{_EXPERTS}{expert}.{tail}", piece
+                # MXFP4 blocks are stored (rows, blocks, bytes), and in three dimensions an expert looks like a layer.
+                yield f"{head}{_EXPERTS}{expert}.{tail}", piece.flatten(1) if piece.dim() > 2 else piece
         else:
             yield name, tensor

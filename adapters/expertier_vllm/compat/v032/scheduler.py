@@ -1,4 +1,4 @@
-"""vLLM 0.32: the scheduler. Imported only where ``SchedulerConfig.scheduler_cls`` names it."""
+"""vLLM 0.32 and 0.33: the scheduler. Imported only where ``SchedulerConfig.scheduler_cls`` names it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import logging
 from typing import Any, Final
 
 from vllm.v1.core.sched.scheduler import Scheduler
+
+from expertier_vllm.compat import engine
 
 logger = logging.getLogger("vllm.expertier")
 
@@ -52,8 +54,7 @@ class ExpertierScheduler(Scheduler):  # type: ignore[misc]
         if self.vllm_config.max_concurrent_batches > 1:  # a step under way may have been offered them
             failed |= {request.request_id for request in self.running}
         logger.error("A step failed, and %d requests with it: %s", len(failed), problem)
-        # Upstream ends the requests in this set with FINISHED_ERROR, which the API server answers with status 500.
-        self.grammar_compile_error_reqs |= failed
+        engine().fail_requests(self, failed, problem)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for client in outputs.values():
             for output in client.outputs:

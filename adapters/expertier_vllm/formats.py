@@ -1,0 +1,60 @@
+"""How experts may be quantised: what is known of vLLM's methods and kernels, by the names that they have there.
+
+A method creates a layer's weights and rearranges them once they are loaded; a kernel computes on the result. Both are
+upstream's choice. Knows names, not vLLM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertFormat:
+    """What a quantisation method makes of an expert.
+
+    Attributes
+    ----------
+    name : str
+        In words.
+    over_experts : frozenset of str
+        Parameters that the method replaces by their largest value among a layer's experts.
+    """
+
+    name: str
+    over_experts: frozenset[str] = frozenset()
+
+
+_INPUT_SCALES: Final = frozenset({"w13_input_scale", "w2_input_scale"})
+
+FORMATS: Final[Mapping[str, ExpertFormat]] = {
+    "UnquantizedFusedMoEMethod": ExpertFormat(name="unquantised"),
+    "Fp8MoEMethod": ExpertFormat(name="fp8", over_experts=_INPUT_SCALES),
+    "CompressedTensorsW8A8Fp8MoEMethod": ExpertFormat(name="fp8 (compressed-tensors)", over_experts=_INPUT_SCALES),
+    "CompressedTensorsW8A8Int8MoEMethod": ExpertFormat(name="int8 (compressed-tensors)"),
+    "CompressedTensorsWNA16MoEMethod": ExpertFormat(name="int4 (compressed-tensors)"),
+    "AutoGPTQMoEMethod": ExpertFormat(name="int4 (GPTQ)"),
+    "AutoAWQMoEMethod": ExpertFormat(name="int4 (AWQ)"),
+    "GptOssMxfp4MoEMethod": ExpertFormat(name="MXFP4"),
+}
+"""By class: methods of which every expert's row was compared with what stock makes of the whole layer."""
+
+KERNELS: Final = frozenset(
+    {
+        "CPUUnquantizedExperts",
+        "X86CPUUnquantizedExperts",
+        "ArmCPUUnquantizedExperts",
+        "PowerCPUUnquantizedExperts",
+        "CPUExpertsFp8",
+        "CPUExpertsInt8",
+        "CPUExpertsInt4",
+        "CPUExpertsMxfp4",
+    }
+)
+"""Kernels that find the expert with number ``n`` at ``n`` times its size, and touch none that has no tokens.
+
+Upstream: fused_moe/experts/cpu_moe.py. Others there keep scales of their own, made when the layer is loaded, or route
+inside.
+"""

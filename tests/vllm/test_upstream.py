@@ -1,0 +1,146 @@
+"""What the adapter touches of vLLM is in the sources of the installed release; each known release has its package."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import expertier_vllm
+from expertier.errors import UnsupportedEngineError
+from expertier_vllm import compat
+
+ADAPTER = Path(expertier_vllm.__file__).parent
+# What is reached through objects rather than imports, by the file that defines it.
+TOUCHED = {
+    "config/vllm.py": ("additional_config", "instance_id", "use_v2_model_runner", "offload_config"),
+    "config/parallel.py": ("worker_cls", "enable_dbo", "enable_eplb", "enable_elastic_ep"),
+    "config/scheduler.py": ("scheduler_cls",),
+    "model_executor/layers/fused_moe/routed_experts.py": (
+        "_get_quant_method",
+        "_map_global_expert_id_to_local_expert_id",
+        "_loaded_expert_biases",
+        "def weight_loader",
+        "def forward_modular",
+        "local_num_experts",
+    ),
+    "model_executor/layers/fused_moe/fused_moe_method_base.py": ("moe_kernel", "is_monolithic"),
+    "model_executor/model_loader/default_loader.py": ("safetensors_weights_iterator(",),
+    "model_executor/models/gpt_oss.py": ("_try_load_streamed_expert", "def load_weights"),
+    "v1/worker/cpu_worker.py": ("def determine_available_memory", "class CPUWorker"),
+    "v1/worker/gpu_worker.py": (
+        "def initialize_from_config",
+        "def load_model",
+        "def execute_model",
+        "def sample_tokens",
+    ),
+    "v1/worker/gpu_model_runner.py": ("def _model_forward", "execute_model_state", "def profile_run"),
+    "v1/worker/gpu_input_batch.py": ("num_computed_tokens_cpu", "num_prompt_tokens", "token_ids_cpu", "req_ids"),
+    "v1/core/sched/scheduler.py": (
+        "grammar_compile_error_reqs",
+        "num_waiting_for_streaming_input",
+        "max_num_active_reqs",
+        "def _free_request",
+        "def update_from_output",
+    ),
+    "v1/core/block_pool.py": ("def evict_blocks",),
+    "v1/request.py": ("skip_reading_prefix_cache",),
+}
+
+
+def imports(files: Iterator[Path]) -> set[tuple[str, str]]:
+    """Modules of vLLM and names that are imported from them."""
+    found = set()
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "vllm":
+                found |= {(node.module, alias.name) for alias in node.names}
+    return found
+
+
+def defines(root: Path, module: str, name: str) -> bool:
+    """Whether a module has a name at its top level, or is a package with such a module."""
+    place = root.joinpath(*module.split(".")[1:])
+    if (place / f"{name}.py").exists() or (place / name).is_dir():
+        return True
+    source = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+    if not source.exists():
+        return False
+    for node in ast.walk(ast.parse(source.read_text())):
+        if name in (getattr(node, "id", ""), getattr(node, "name", ""), getattr(node, "value", "")):
+            return True
+        star = isinstance(node, ast.ImportFrom) and node.level == 1 and node.names[0].name == "*"
+        if star and defines(root, f"{module}.{node.module}", name):
+            return True
+    return False
+
+
+def absent(root: Path, *, without: str) -> list[str]:
+    """What the adapter touches and a release's sources lack; `without` names the package for another release."""
+    files = (file for file in ADAPTER.rglob("*.py") if without not in file.parts)
+    missing = [f"{module}.{name}" for module, name in sorted(imports(files)) if not defines(root, module, name)]
+    for path, names in TOUCHED.items():
+        text = (root / path).read_text()
+        missing += [f"{path}: {name}" for name in names if name not in text]
+    return missing
+
+
+def test_everything_that_is_touched_is_in_the_sources_of_the_installed_release() -> None:
+    spec = importlib.util.find_spec("vllm")
+    if spec is None or spec.origin is None:
+        pytest.skip("vLLM is not installed")
+    assert absent(Path(spec.origin).parent, without="v033") == []
+
+
+@pytest.fixture
+def version(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """Let the installed release be any."""
+    installed = SimpleNamespace(version="")
+    monkeypatch.setattr(compat, "engine_version", lambda: installed.version)
+    compat.engine.cache_clear()
+    yield installed
+    compat.engine.cache_clear()
+
+
+@pytest.mark.parametrize(("release", "package"), [("0.32.0+cpu", "v032"), ("0.32.1", "v032"), ("0.33.0", "v033")])
+def test_every_known_release_has_its_package(version: SimpleNamespace, release: str, package: str) -> None:
+    version.version = release
+    module = compat.engine()
+    assert module.__name__ == f"expertier_vllm.compat.{package}"
+    assert {"take_over", "regrouping_scheduler", "read_facts", "fail_requests"} <= set(dir(module))
+
+
+def test_a_release_that_nobody_read_is_refused_by_name(version: SimpleNamespace) -> None:
+    version.version = "0.34.0"
+    with pytest.raises(UnsupportedEngineError, match=r"does not know vLLM 0\.34\.0.*"):
+        compat.engine()
+
+
+def test_requests_of_a_failed_step_are_marked_as_each_release_wants_it(
+    version: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version.version = "0.32.0"
+    scheduler = SimpleNamespace(grammar_compile_error_reqs={"old"})
+    compat.engine().fail_requests(scheduler, {"a"}, "a disk")
+    assert scheduler.grammar_compile_error_reqs == {"old", "a"}
+
+    @dataclass(frozen=True)
+    class RequestError:
+        code: str
+        message: str
+
+    outputs = pytest.importorskip("vllm.outputs")
+    monkeypatch.setattr(outputs, "RequestError", RequestError, raising=False)
+    version.version = "0.33.0"
+    compat.engine.cache_clear()
+    scheduler = SimpleNamespace(grammar_compile_error_reqs={})
+    compat.engine().fail_requests(scheduler, {"a", "b"}, "a disk")
+    assert {name: error.message for name, error in scheduler.grammar_compile_error_reqs.items()} == {
+        "a": "a disk",
+        "b": "a disk",
+    }
