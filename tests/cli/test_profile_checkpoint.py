@@ -43,6 +43,7 @@ def test_the_recorded_routes_are_those_of_the_models_routers(
     trace = read_trace(out, fingerprint=catalog.fingerprint)
     assert trace.header.engine == "transformers" and len(trace.header.routers) == 32
     table = trace.tokens()
+    assert trace.notes["domains"] == ["text"]
     assert table.token_id is not None
 
     # Independently of what transformers returns: by the inputs of the routers' own weights.

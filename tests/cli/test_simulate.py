@@ -189,6 +189,22 @@ def test_a_report_of_a_trace_is_one_page_that_needs_nothing_else(
     assert hits["belady", "25%"] > hits["lru", "25%"]
 
 
+def test_a_report_shows_whether_a_predictors_chances_are_true(
+    invoke_json: Callable[..., Any], invoke: Invoke, tmp_path: Path, trace: Path
+) -> None:
+    lawful = lawful_trace(tmp_path / "lawful.trace")
+    windows, _ = read_windows([lawful], width=12)
+    save(tmp_path / "predictor", train(windows, tokens=False)[0])
+    result = invoke_json("report", lawful.path, "--predictor", tmp_path / "predictor", "--out", tmp_path / "page")
+    assert Path(result["pictures"][-1]).name == "calibration.png"
+    assert (tmp_path / "page" / "calibration.png").stat().st_size > 10_000
+    given = result["calibration"]["before layer 0"]
+    used = [share for chance, share, count in given if count >= 100]
+    assert used == sorted(used), "what is likelier is used more often"
+    refused = invoke("report", trace, "--predictor", tmp_path / "predictor", "--out", tmp_path / "no")
+    assert refused.exit_code == 2 and "no token ids" in refused.stderr, refused.output
+
+
 def test_a_part_of_a_trace_is_simulated_with_the_speeds_at_its_end(
     invoke_json: Callable[..., Any], tmp_path: Path, trace: Path
 ) -> None:

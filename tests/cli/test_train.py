@@ -51,6 +51,23 @@ def test_training_writes_predictors_a_report_and_a_picture(invoke: Invoke, tmp_p
     assert sorted(path.name for path in out.iterdir() if path.suffix in (".part", ".tmp")) == []
 
 
+def test_domains_are_held_out_whole_and_reported_on(invoke: Invoke, tmp_path: Path) -> None:
+    path = lawful_trace(tmp_path / "routes.trace", domains=("prose", "code")).path
+    out = tmp_path / "out"
+    result = invoke("train", path, "--hold-out", "code", "--out", out, "--epochs", "1", "--width", "16")
+    assert result.exit_code == 0, result.output
+    everything, _ = read_windows([read_trace(path)])
+    assert everything.domain is not None
+    scores = json.loads((out / "report.json").read_text())["scores"]
+    told = {item["text"]: item["tokens"] for item in scores if item["horizon"] == "before layer 0"}
+    assert told["domains held out"] == everything.apart(["code"])[1].count
+    assert load(out).facts["tokens"] < everything.apart(["code"])[0].count
+    for wrong, words in ((["poetry"], "Choose from: code, prose"), (["code", "prose"], "No text is left")):
+        flags = [flag for name in wrong for flag in ("--hold-out", name)]
+        result = invoke("train", path, *flags, "--out", tmp_path / "no")
+        assert result.exit_code == 2 and words in result.stderr, result.output
+
+
 def test_the_same_as_json(invoke_json: Callable[..., Any], tmp_path: Path, trace: Path) -> None:
     result = invoke_json("train", trace, "--out", tmp_path / "out", "--epochs", "1", "--width", "16")
     assert result["predictors"] == ["blend", "path", "tokens", "table"]

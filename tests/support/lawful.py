@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -56,9 +57,16 @@ def lawful_windows(count: int = 40, width: int = 32, seed: int = 0, **fields: st
 
 
 def lawful_trace(
-    path: Path, *, requests: int = 12, tokens: int = 24, seed: int = 0, ids: bool = True, **fields: object
+    path: Path,
+    *,
+    requests: int = 12,
+    tokens: int = 24,
+    seed: int = 0,
+    ids: bool = True,
+    domains: Sequence[str] = (),
+    **fields: object,
 ) -> Trace:
-    """Record lawful text: the first tokens of each request as a prompt, the others one by one."""
+    """Record lawful text, of these domains in turn: the first tokens of each request as a prompt, then one by one."""
     shape: TraceHeader = header(3, 8, 2, tokens=ids, **fields)
     with TraceRecorder(path, shape) as recorder:
         for request in range(requests):
@@ -74,4 +82,6 @@ def lawful_trace(
                 for place in range(3):
                     recorder.record(place, routes[start:stop, place])
                 recorder.end_step()
+        if domains:
+            recorder.note({"domains": [domains[request % len(domains)] for request in range(requests)]})
     return read_trace(path)

@@ -467,6 +467,12 @@ def train(
         list[Path] | None,
         typer.Option("--test", help="Also report on this trace, e.g. of another domain. Repeat it for several."),
     ] = None,
+    hold_out: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--hold-out", help="Learn nothing from texts of this domain and report on them. Repeat it for several."
+        ),
+    ] = None,
     report: Annotated[
         bool, typer.Option("--report", help="Score all predictors and two controls on text that was kept back.")
     ] = False,
@@ -494,6 +500,7 @@ def train(
             tests=tuple(test or ()),
             out=out,
             model=model,
+            hold_out=tuple(hold_out or ()),
             report=report,
             settings=TrainSettings(seconds=60 * minutes, epochs=epochs, width=width, seed=seed),
             partial=partial,
@@ -581,6 +588,10 @@ def report(
     out: Annotated[
         Path | None, typer.Option("--out", help="Of a trace: directory for page and pictures. \\[default: beside it]")
     ] = None,
+    predictor: Annotated[
+        Path | None,
+        typer.Option("--predictor", help="Of a trace: are the chances of what `expertier train` wrote true?"),
+    ] = None,
     partial: Annotated[
         bool, typer.Option("--partial", help="Of a trace: use what is intact if it was not closed.")
     ] = False,
@@ -594,4 +605,4 @@ def report(
     else:
         from expertier.cli.report_trace import report_trace
 
-        report_trace(path, out, partial=partial, as_json=as_json)
+        report_trace(path, out, predictor=predictor, partial=partial, as_json=as_json)

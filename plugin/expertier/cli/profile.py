@@ -115,7 +115,7 @@ def profile(request: ProfileRequest) -> None:
             read_checkpoint(
                 catalog,
                 out,
-                [text.text[: request.per_text * _CHARACTERS_PER_TOKEN] for text in texts],
+                [replace(text, text=text.text[: request.per_text * _CHARACTERS_PER_TOKEN]) for text in texts],
                 tokens=request.tokens,
                 per_text=request.per_text,
                 token_ids=request.options.trace_tokens == "on",

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from expertier.catalog.types import Catalog
+from expertier.comparison.prompts import Text
 from expertier.errors import ExpertierError, UnsupportedEngineError, UnsupportedModelError
 from expertier.planning.memory import memory_left
 from expertier.routing import TraceRecorder
@@ -27,14 +28,14 @@ _GROUPED: Final = ("n_group", "num_expert_group", "topk_group")
 def read_checkpoint(
     catalog: Catalog,
     out: Path,
-    texts: Sequence[str],
+    texts: Sequence[Text],
     *,
     tokens: int,
     per_text: int,
     token_ids: bool,
     advance: Callable[[int], None] = lambda count: None,
-) -> list[int]:
-    """Record the routes of texts through transformers.
+) -> None:
+    """Record the routes of texts through transformers, and note of which domain each was.
 
     Parameters
     ----------
@@ -42,7 +43,7 @@ def read_checkpoint(
         The checkpoint.
     out : Path
         Trace to write or to continue.
-    texts : sequence of str
+    texts : sequence of Text
         What to read; one without even two tokens is passed over.
     tokens, per_text : int
         Most tokens of all together, and of each.
@@ -50,11 +51,6 @@ def read_checkpoint(
         Whether they are recorded, too.
     advance : callable
         Told how many tokens were read.
-
-    Returns
-    -------
-    list of int
-        Which texts were read.
 
     Raises
     ------
@@ -89,25 +85,25 @@ def read_checkpoint(
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(catalog.path, local_files_only=True)
     model.eval()
-    read: list[int] = []
+    domains: list[str] = []
     count = 0
     with TraceRecorder(out, trace_header(catalog, engine=ENGINE, tokens=token_ids)) as recorder, torch.inference_mode():
         request = recorder.next_request
-        for number, text in enumerate(texts):
-            ids = tokenizer(text, add_special_tokens=False)["input_ids"][: min(per_text, tokens - count)]
+        for text in texts:
+            ids = tokenizer(text.text, add_special_tokens=False)["input_ids"][: min(per_text, tokens - count)]
             if len(ids) < 2:
                 continue
             output = model(torch.tensor([ids]), output_router_logits=True, use_cache=False)
             _record(recorder, catalog, request, np.array(ids), _routes(catalog, output))
             request += 1
             count += len(ids)
-            read.append(number)
+            domains.append(text.domain)
             advance(len(ids))
             if tokens - count < 2:
                 break
-    if not read:
+        recorder.note({"domains": domains})
+    if not domains:
         raise ExpertierError("No text has even two tokens.", "Name files with some pages of text.")
-    return read
 
 
 def _routes(catalog: Catalog, output: Any) -> list[NDArray[np.int64]]:

@@ -6,6 +6,8 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 
 from expertier.budget import format_bytes
@@ -13,10 +15,22 @@ from expertier.cli.folder import prepare_folder
 from expertier.cli.options import print_json
 from expertier.cli.simulate import USUAL_LATENCY, recorded_timing, replay_progress
 from expertier.comparison.hardware import cores
+from expertier.errors import UnsupportedOptionError
 from expertier.routing import Trace, read_trace
+from expertier.routing.evaluate import BEFORE, SOON, calibration, truth, watch
+from expertier.routing.predictor import RoutedModel
+from expertier.routing.saved import load_predictor
+from expertier.routing.windows import read_windows
 from expertier.simulation.analysis import reuse_distances, skew, time_line, usage
 from expertier.simulation.events import Events, load_events
-from expertier.simulation.pictures import draw_heat_map, draw_hits, draw_reuse, draw_time_line, write_page
+from expertier.simulation.pictures import (
+    draw_calibration,
+    draw_heat_map,
+    draw_hits,
+    draw_reuse,
+    draw_time_line,
+    write_page,
+)
 from expertier.simulation.replay import replay
 from expertier.simulation.sweep import ArmResult, plan_arms, sweep
 
@@ -25,12 +39,14 @@ _SHARES = (0.0625, 0.125, 0.1875, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
 _POLICIES = ("lfu", "lru")
 _MOST_TOKENS = 20_000  # more make the curves no smoother
 _LINE_TOKENS, _LINE_SHARE = 6, 0.25
+_PREDICTED_TOKENS = 2000  # of which chances are held against what came
 
 
-def report_trace(path: Path, out: Path | None, *, partial: bool, as_json: bool) -> None:
-    """Draw heat map, reuse distances, hit ratios and a time line; write one page with all of them."""
+def report_trace(path: Path, out: Path | None, *, predictor: Path | None, partial: bool, as_json: bool) -> None:
+    """Draw heat map, reuse, hit ratios, a time line and how true a predictor is; write one page with all of them."""
     trace = read_trace(path, partial=partial)
     events = load_events(trace, most_tokens=_MOST_TOKENS)
+    chances = None if predictor is None else _calibration(trace, predictor)
     folder = prepare_folder(out or path.with_name(path.name + "-report"), "reports", _PAGE)
     total = events.header.total_bytes
     budgets = [(f"{100 * share:g}%", int(total * share)) for share in _SHARES]
@@ -39,6 +55,9 @@ def report_trace(path: Path, out: Path | None, *, partial: bool, as_json: bool) 
     with replay_progress(len(arms)) as progress:
         results = sweep(path, arms, None, partial=partial, most_tokens=_MOST_TOKENS, jobs=cores(), progress=progress)
     pictures = _draw(trace, events, results, budgets, folder)
+    if chances is not None:
+        pictures.append(folder / "calibration.png")
+        draw_calibration(chances, pictures[-1])
     found = skew(events)
     page = folder / _PAGE
     write_page(
@@ -61,6 +80,7 @@ def report_trace(path: Path, out: Path | None, *, partial: bool, as_json: bool) 
                 "tokens": events.decode_tokens,
                 "skew": [asdict(item) for item in found],
                 "arms": results,
+                "calibration": None if chances is None else {name: bins.tolist() for name, bins in chances.items()},
                 "page": str(page),
                 "pictures": [str(picture) for picture in pictures],
             }
@@ -70,6 +90,24 @@ def report_trace(path: Path, out: Path | None, *, partial: bool, as_json: bool) 
     for name, value in _facts(trace, events):
         console.print(f"[bold]{name:<10}[/] {value}")
     console.print(f"{page}   [dim]and {', '.join(picture.name for picture in pictures)}[/]")
+
+
+def _calibration(trace: Trace, folder: Path) -> dict[str, NDArray[np.float64]]:
+    """Let a trained predictor follow the trace; by horizon, what it said and what came (:func:`calibration`)."""
+    windows, tokens = read_windows([trace])
+    if not tokens:
+        raise UnsupportedOptionError(
+            "This trace has no token ids, and a predictor of paths reads tokens.",
+            "Record one with `expertier profile ... --trace-tokens on`.",
+        )
+    model = RoutedModel.of_trace(trace.header)
+    watched = watch(load_predictor(folder, model), windows, most_tokens=_PREDICTED_TOKENS)
+    found = {}
+    for horizon in (BEFORE, *SOON):
+        used, known = truth(windows, watched, horizon)
+        if known.any():
+            found[horizon] = calibration(watched.chances[horizon][known], used[known], model)[0]
+    return found
 
 
 def _draw(

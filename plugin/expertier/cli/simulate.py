@@ -20,7 +20,7 @@ from expertier.cli.folder import prepare_folder
 from expertier.cli.options import print_json
 from expertier.errors import BudgetError, UnsupportedOptionError
 from expertier.planning.calibrate import measure_disk
-from expertier.routing import Trace, read_trace
+from expertier.routing import read_trace
 from expertier.simulation.events import load_events
 from expertier.simulation.figure import draw_simulation
 from expertier.simulation.predicted import Sources
@@ -67,7 +67,13 @@ def simulate(request: SimulateRequest) -> None:
     events = load_events(trace, most_tokens=request.tokens)  # also reads the notes
     for _, budget in budgets:
         events.check_budget(budget)
-    timing, source = _timing(request, trace)
+    timing, source = find_timing(
+        trace.notes,
+        model=request.model,
+        bandwidth=request.bandwidth,
+        compute_ms=request.compute_ms,
+        latency_us=request.latency_us,
+    )
     if timing is None and request.predictors:
         raise UnsupportedOptionError(
             "Loads ahead of need are a matter of time, and speeds are unknown.", f"Give {_SPEEDS}."
@@ -114,34 +120,48 @@ def _budget(text: str, total: int) -> int:
     return min(budget, total)
 
 
-def _timing(request: SimulateRequest, trace: Trace) -> tuple[Timing | None, str]:
-    """Speeds: what was given, else what is measured on the model, else what the recorder left."""
-    notes = trace.notes
+def find_timing(
+    notes: Mapping[str, Any],
+    *,
+    model: Path | None = None,
+    bandwidth: str | None = None,
+    compute_ms: float | None = None,
+    latency_us: float | None = None,
+) -> tuple[Timing | None, str]:
+    """Find speeds, and say where they are from: what was given, else measured on the model, else in a trace's notes.
+
+    Returns
+    -------
+    timing : Timing or None
+        ``None`` where one of them is unknown.
+    source : str
+        For people.
+    """
     disk = notes.get("disk")
-    bandwidth: float | None = None
+    rate: float | None = None
     sources = []
-    if request.bandwidth is not None:
-        bandwidth = float(parse_budget(request.bandwidth.removesuffix("/s"), 1) or 0)
+    if bandwidth is not None:
+        rate = float(parse_budget(bandwidth.removesuffix("/s"), 1) or 0)
         sources.append("bandwidth as given")
-    elif request.model is not None:
-        catalog = read_catalog(request.model)
-        bandwidth = measure_disk(
+    elif model is not None:
+        catalog = read_catalog(model)
+        rate = measure_disk(
             catalog.files, read_bytes=catalog.largest_expert_bytes, most_bytes=_CALIBRATION_BYTES
         ).random
         sources.append("storage measured now")
     elif isinstance(disk, dict):
-        bandwidth = _number(disk.get("random"))
+        rate = _number(disk.get("random"))
         sources.append("storage as measured while recording")
-    if request.compute_ms is not None:
-        compute: float | None = request.compute_ms / 1e3
+    if compute_ms is not None:
+        compute: float | None = compute_ms / 1e3
         sources.append("compute as given")
     else:
         compute = _number(notes.get("compute_seconds_per_step"))
         sources.append("compute as measured while recording")
-    if not bandwidth or not compute:
+    if not rate or not compute:
         return None, f"speeds unknown; give {_SPEEDS}"
-    latency = USUAL_LATENCY if request.latency_us is None else request.latency_us / 1e6
-    return _with_notes(notes, bandwidth, compute, latency), ", ".join(sources)
+    latency = USUAL_LATENCY if latency_us is None else latency_us / 1e6
+    return _with_notes(notes, rate, compute, latency), ", ".join(sources)
 
 
 def recorded_timing(notes: Mapping[str, Any], *, latency: float) -> Timing | None:

@@ -12,13 +12,12 @@ from rich.table import Table
 from expertier.budget import format_bytes, parse_budget
 from expertier.cli.folder import prepare_folder
 from expertier.cli.options import print_json
-from expertier.cli.simulate import USUAL_LATENCY, recorded_timing, replay_progress
+from expertier.cli.simulate import find_timing, replay_progress
 from expertier.errors import BudgetError, UnsupportedOptionError
 from expertier.routing import read_trace
 from expertier.scheduling import CONTROL
 from expertier.simulation.requests import Texts
 from expertier.simulation.scheduling import RATIOS, TrafficPlan, TrafficRecord, TrafficSimulator, check_arms
-from expertier.simulation.timing import Timing
 from expertier.simulation.traffic_figure import draw_traffic
 
 RECORD = "traffic.json"
@@ -61,7 +60,11 @@ def traffic(request: TrafficRequest) -> None:
     if budget is None:
         raise BudgetError("A simulation needs a budget in figures.", "Write e.g. 50% or 8GiB.")
     texts = Texts.of_trace(trace)
-    timing, source = _timing(request, dict(trace.notes))
+    timing, source = find_timing(trace.notes, bandwidth=request.bandwidth, compute_ms=request.compute_ms)
+    if timing is None:
+        raise UnsupportedOptionError(
+            "Who waits how long is a matter of time, and speeds are unknown.", "Give --bandwidth and --compute-ms."
+        )
     out = prepare_folder(request.out, "traffic", RECORD)
     simulator = TrafficSimulator(trace.header, texts, timing, request.token_ms / 1e3)
     runs = []
@@ -136,20 +139,6 @@ def check_load(text: str | None) -> float | None:
     if not 0 < load < 10:
         raise UnsupportedOptionError(f"--load {text} is not a part of what can be served.", "Write e.g. 70%.")
     return load
-
-
-def _timing(request: TrafficRequest, notes: dict[str, object]) -> tuple[Timing, str]:
-    if request.bandwidth is not None and request.compute_ms is not None:
-        bandwidth = parse_budget(request.bandwidth.removesuffix("/s"), 1)
-        if bandwidth:
-            timing = Timing(bandwidth=bandwidth, compute=request.compute_ms / 1e3, latency=USUAL_LATENCY)
-            return timing, "speeds as given"
-    recorded = recorded_timing(notes, latency=USUAL_LATENCY)
-    if recorded is None:
-        raise UnsupportedOptionError(
-            "Who waits how long is a matter of time, and speeds are unknown.", "Give --bandwidth and --compute-ms."
-        )
-    return recorded, "speeds as measured while recording"
 
 
 def _print(record: TrafficRecord, out: Path) -> None:

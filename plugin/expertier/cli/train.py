@@ -33,6 +33,7 @@ from expertier.routing.windows import Windows, read_windows
 REPORT = "report.json"
 FIGURE = "report.png"
 KEPT_BACK = "kept back"
+HELD_OUT = "domains held out"
 _DOING = {
     "count": "counting",
     "path": "training the path network",
@@ -47,6 +48,7 @@ class TrainRequest:
 
     traces: tuple[Path, ...]
     tests: tuple[Path, ...]
+    hold_out: tuple[str, ...]
     out: Path
     model: Path | None
     report: bool
@@ -63,6 +65,9 @@ def train_command(request: TrainRequest) -> None:
     windows, tokens = read_windows([read_trace(path, partial=request.partial) for path in request.traces])
     tests = [_test(path, windows, request) for path in request.tests]
     embedding, lookahead, windows = _look_at_model(request.model, windows)
+    if request.hold_out:
+        windows, others = windows.apart(request.hold_out)
+        tests = [(HELD_OUT, others), *tests]
     prepare_folder(request.out, "predictors", MANIFEST)
     if not tokens:
         print(
@@ -87,7 +92,7 @@ def train_command(request: TrainRequest) -> None:
             raise UnsupportedEngineError(
                 "Training needs torch, which is not installed.", "Install Expertier with its extra: expertier[train]."
             ) from error
-        if request.report:
+        if request.report or request.hold_out:
             texts = [(KEPT_BACK, kept_back), *tests]
             scores = report(trained, texts, most_tokens=request.report_tokens, lookahead=lookahead, progress=tell)
     if scores:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from expertier.errors import TraceMismatchError, TraceTooShortError
+from expertier.errors import TraceMismatchError, TraceTooShortError, UnsupportedOptionError
 from expertier.routing.predictor import RoutedModel
 from expertier.routing.trace import TokenTable, Trace
 
@@ -57,6 +57,8 @@ class Windows:
         Of which request; windows of one stay together when some are kept back.
     routes : ndarray of int16, shape (windows, width, layers, largest top_k)
         Experts, -1 where unknown.
+    domain : ndarray of str, shape (windows,), or None
+        What kind of text it is; empty where the recorder did not say.
     inputs : RouterInputs or None
         Of some tokens, where the traces have them.
     """
@@ -65,6 +67,7 @@ class Windows:
     tokens: NDArray[np.int64]
     request: NDArray[np.int64]
     routes: NDArray[np.int16]
+    domain: NDArray[np.str_] | None = None
     inputs: RouterInputs | None = None
 
     def __len__(self) -> int:
@@ -77,12 +80,33 @@ class Windows:
             tokens=self.tokens[rows],
             request=self.request[rows],
             routes=self.routes[rows],
+            domain=None if self.domain is None else self.domain[rows],
             inputs=None if self.inputs is None else self.inputs.take(rows),
         )
 
     def split(self, parts: int) -> tuple[Windows, Windows]:
         """Keep every `parts`-th request back, beginning with the first; return the others and these."""
         back = np.isin(self.request, np.unique(self.request)[::parts])
+        return self.take(np.flatnonzero(~back)), self.take(np.flatnonzero(back))
+
+    def apart(self, domains: Sequence[str]) -> tuple[Windows, Windows]:
+        """Return the text of all other domains, and that of these.
+
+        Raises
+        ------
+        UnsupportedOptionError
+            There is no text of one of them, or none of others.
+        """
+        held = np.full(len(self), "") if self.domain is None else self.domain
+        back = np.isin(held, domains)
+        present = set(held.tolist()) - {""}
+        if missing := [name for name in domains if name not in present]:
+            raise UnsupportedOptionError(
+                f"The traces hold no text of the domain {missing[0]!r}.",
+                f"Choose from: {', '.join(sorted(present)) or 'none, because they do not say what they are of'}.",
+            )
+        if back.all():
+            raise UnsupportedOptionError("No text is left to learn from.", "Keep fewer domains back.")
         return self.take(np.flatnonzero(~back)), self.take(np.flatnonzero(back))
 
     @property
@@ -161,16 +185,26 @@ def read_windows(traces: Sequence[Trace], *, width: int = 256) -> tuple[Windows,
         if not len(windows):
             held = {0: "no token", 1: "a single token"}.get(len(table.request), "no two tokens in a row")
             raise TraceTooShortError(f"{trace.path} holds {held}: there is nothing to learn from.", "Record more text.")
+        found.append(replace(windows, domain=_domains(trace, windows.request - requests)))
         requests = int(windows.request.max()) + 1
-        found.append(windows)
     joined = Windows(
         model=model,
         tokens=np.concatenate([windows.tokens for windows in found]),
         request=np.concatenate([windows.request for windows in found]),
         routes=np.concatenate([windows.routes for windows in found]),
+        domain=np.concatenate([windows.domain for windows in found if windows.domain is not None]),
         inputs=_join_inputs(found),
     )
     return joined, with_ids
+
+
+def _domains(trace: Trace, requests: NDArray[np.int64]) -> NDArray[np.str_]:
+    """Of which domain each request is, as its recorder noted; only the last ones, if a trace was continued."""
+    noted = trace.notes.get("domains")
+    names = [str(name) for name in noted] if isinstance(noted, list) else []
+    count = int(requests.max(initial=-1)) + 1
+    found: NDArray[np.str_] = np.array(([""] * count + names)[-count:], np.str_)[requests]
+    return found
 
 
 def _join_inputs(found: Sequence[Windows]) -> RouterInputs | None:

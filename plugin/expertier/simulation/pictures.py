@@ -118,6 +118,32 @@ def draw_hits(curves: Mapping[str, Sequence[tuple[float, float]]], path: Path) -
         _save(figure, path)
 
 
+def draw_calibration(horizons: Mapping[str, NDArray[np.float64]], path: Path) -> None:
+    """Draw whether a predictor's chances are true.
+
+    Parameters
+    ----------
+    horizons : mapping of str to ndarray of float64, shape (bins, 3)
+        By horizon what :func:`expertier.routing.evaluate.calibration` found.
+    path : Path
+        PNG file to write.
+    """
+    import matplotlib
+
+    with matplotlib.rc_context(style()):
+        figure, axes = _new(7.5, 4.6)
+        axes.plot([0, 100], [0, 100], color=FAINT, linestyle=":", linewidth=1.4, label="true chances")
+        for place, (name, bins) in enumerate(horizons.items()):
+            some = bins[bins[:, 2] > 0]
+            axes.plot(100 * some[:, 0], 100 * some[:, 1], color=COLOURS[place % len(COLOURS)], marker="o", label=name)
+        axes.set_xlabel("chance that was given, %")
+        axes.set_xlim(0, 100)
+        axes.set_ylim(0, 101)
+        axes.legend(frameon=False, loc="upper left")
+        name_axes(axes, "Are chances true?", "% of the experts with about this chance that were used")
+        _save(figure, path)
+
+
 def draw_time_line(turns: Sequence[Turn], title: str, path: Path) -> None:
     """Draw loads against compute for a few tokens.
 
