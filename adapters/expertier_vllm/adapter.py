@@ -21,7 +21,7 @@ from expertier.errors import ExpertierError, UnsupportedEngineError, Unsupported
 from expertier.telemetry import Stats
 from expertier_vllm.compat import CPU_BUILD, VERIFIED
 from expertier_vllm.metrics import Record, substituted_mass, summed
-from expertier_vllm.offline import GIVEN_TOKENS, GivenText, Steps, open_engine, prepare_environment
+from expertier_vllm.offline import GIVEN_TOKENS, GivenTexts, Steps, open_engine, prepare_environment
 
 _CONTEXT = 4096
 _CACHE_BYTES = 512 << 20
@@ -33,7 +33,7 @@ class VllmSession:
     def __init__(self, llm: Any, expert_bytes: int) -> None:
         self._llm = llm
         self._expert_bytes = expert_bytes  # of all experts, in the model's files
-        self._text: GivenText | None = None
+        self._given: GivenTexts | None = None
 
     def mode_line(self) -> str:
         return "; ".join(str(record["mode"]) for record in self._records())
@@ -74,13 +74,13 @@ class VllmSession:
 
     def follow(self, tokens: Sequence[int], *, prompt: int) -> Iterator[None]:
         """Compute given tokens: `prompt` of them at once, then one after the other; yields after every step."""
-        self._text = GivenText(self._llm, tokens, prompt=prompt)
-        yield from self._text
+        self._given = GivenTexts(self._llm, [tokens], prompt=prompt)
+        yield from self._given
 
     def logits(self) -> NDArray[np.float32]:
         """Return logits after the last step of :meth:`follow`, shape ``(vocabulary,)``."""
-        assert self._text is not None
-        return self._text.logits
+        assert self._given is not None
+        return self._given.logits()
 
     def substituted(self) -> NDArray[np.float64]:
         """Gate mass that stand-ins took over all decoded tokens so far, shape ``(layers,)``."""

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from expertier_vllm.options import KEY
 
 GIVEN_TOKENS: Final = "expertier_vllm.given:GivenTokens"
-"""Logits processor that :class:`GivenText` needs."""
+"""Logits processor that :class:`GivenTexts` needs."""
 
 
 def prepare_environment(threads: int) -> None:
@@ -141,8 +141,8 @@ class Steps:
         The engine.
     prompts : sequence of sequence of int
         Tokens of each prompt.
-    parameters : vllm.SamplingParams
-        The same for all.
+    parameters : vllm.SamplingParams or list of them
+        The same for all, or one for each.
 
     Attributes
     ----------
@@ -157,8 +157,9 @@ class Steps:
         self.answers = [Answer() for _ in prompts]
         begin = time.perf_counter()
         # The engine gives requests names of its own inside, and ours back in its answers.
+        own = parameters if isinstance(parameters, list) else [parameters] * len(prompts)
         for index, prompt in enumerate(prompts):
-            self._engine.add_request(str(index), {"prompt_token_ids": list(prompt)}, parameters)
+            self._engine.add_request(str(index), {"prompt_token_ids": list(prompt)}, own[index])
         self.seconds = time.perf_counter() - begin
 
     def __iter__(self) -> Iterator[list[Any]]:
@@ -175,49 +176,62 @@ class Steps:
             yield outputs
 
 
-class GivenText:
-    """One text, forced upon an engine token by token, and what the model would have said instead.
+class GivenTexts:
+    """Texts forced upon an engine at the same moment, token by token, and what the model would have said instead.
 
     Parameters
     ----------
     llm : vllm.LLM
         An engine with :data:`GIVEN_TOKENS`.
-    tokens : sequence of int
-        The text.
+    texts : sequence of sequence of int
+        Tokens of each text.
     prompt : int
-        So many of its tokens are computed at once.
+        So many of a text's tokens are computed as its prompt.
+
+    Attributes
+    ----------
+    answers : list of Answer
+        As of :class:`Steps`: one token for each of a text's from the last of its prompt on.
     """
 
-    def __init__(self, llm: Any, tokens: Sequence[int], *, prompt: int) -> None:
+    def __init__(self, llm: Any, texts: Sequence[Sequence[int]], *, prompt: int) -> None:
         self._llm = llm
-        self._tokens = list(tokens)
+        self._texts = [list(text) for text in texts]
         self._prompt = prompt
         self._vocabulary = int(llm.llm_engine.model_config.get_vocab_size())
-        self.logits: NDArray[np.float32] = np.zeros(0, np.float32)
+        self._files: list[Path] = []
+        self.answers: list[Answer] = []
 
     def __iter__(self) -> Iterator[None]:
-        """Yield after every step, with what it said in :attr:`logits`, shape ``(vocabulary,)``."""
+        """Yield after every step that said something."""
+        with tempfile.TemporaryDirectory(prefix="expertier-logits-") as folder:
+            self._files = [Path(folder) / str(index) for index in range(len(self._texts))]
+            prompts = [text[: self._prompt] for text in self._texts]
+            steps = Steps(self._llm, prompts, list(map(self._parameters, self._texts, self._files)))
+            self.answers = steps.answers
+            for outputs in steps:
+                if outputs:
+                    yield
+
+    def _parameters(self, text: list[int], file: Path) -> Any:
         from vllm import SamplingParams
 
         from expertier_vllm.given import GIVEN, LOGITS
 
-        rest = self._tokens[self._prompt :]
-        with tempfile.NamedTemporaryFile(prefix="expertier-logits-") as file:
-            given = SamplingParams(
-                temperature=0.0,
-                max_tokens=len(rest) + 1,  # what is sampled last is not computed
-                ignore_eos=True,
-                detokenize=False,
-                extra_args={GIVEN: rest, LOGITS: file.name},
-            )
-            done = 0
-            steps = Steps(self._llm, [self._tokens[: self._prompt]], given)
-            for _ in steps:
-                while done < len(steps.answers[0].tokens):
-                    place = 4 * done * self._vocabulary
-                    self.logits = np.fromfile(file.name, np.float32, self._vocabulary, offset=place)
-                    done += 1
-                    yield
+        file.touch()
+        rest = text[self._prompt :]
+        return SamplingParams(
+            temperature=0.0,
+            max_tokens=len(rest) + 1,  # what is sampled last is not computed
+            ignore_eos=True,
+            detokenize=False,
+            extra_args={GIVEN: rest, LOGITS: str(file)},
+        )
+
+    def logits(self, text: int = 0) -> NDArray[np.float32]:
+        """What was said of a text last, shape ``(vocabulary,)``; to be asked for while one iterates."""
+        place = 4 * (len(self.answers[text].tokens) - 1) * self._vocabulary
+        return np.fromfile(self._files[text], np.float32, self._vocabulary, offset=place)
 
 
 def greedy(tokens: int) -> Any:

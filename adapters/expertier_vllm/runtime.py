@@ -28,6 +28,7 @@ from expertier.errors import (
     ExpertierError,
     ExpertLoadError,
     ModelFormatError,
+    RouterScoresError,
     UnsupportedModelError,
     UnsupportedOptionError,
 )
@@ -53,7 +54,7 @@ from expertier_vllm.options import VllmOptions
 from expertier_vllm.recording import StepRecording
 from expertier_vllm.route_log import RouteLog
 from expertier_vllm.stage import ExpertStage, layers_in_order
-from expertier_vllm.stand_ins import stand_in
+from expertier_vllm.stand_ins import insisted, stand_in
 
 logger = logging.getLogger("expertier")
 
@@ -138,7 +139,7 @@ class Runtime:
     stepping : threading.Lock
         Held during a forward pass: the governor changes the budget between two of them, because how a pass is divided
         depends on it.
-    failure : ExpertLoadError or None
+    failure : ExpertLoadError or RouterScoresError or None
         With workers in step: why this one's part of the forward pass is worthless. Whoever runs passes resets it.
     route_log : RouteLog or None
         Where the scheduler learns what requests use; see :meth:`log_routes`.
@@ -163,7 +164,7 @@ class Runtime:
         offload, self._quality = read_quality_budget(options.offload, self._catalog)
         self.options = replace(options, offload=offload)
         self.files = CheckpointFiles(self._layout, self._catalog)
-        self.failure: ExpertLoadError | None = None
+        self.failure: ExpertLoadError | RouterScoresError | None = None
         self.route_log: RouteLog | None = None
         self.virtual: VirtualExperts | None = None
         self.stepping = threading.Lock()
@@ -312,6 +313,7 @@ class Runtime:
             self._recording = StepRecording(recorder, hidden_every=offload.trace_hidden)
         self._slot = {layer.layer: pool.slot_bytes(layer.layer) for layer in managed}
         self._last = len(self._stages) - 1
+        self._by_layer = {stage.layer: stage for stage in self._stages}
         addresses = {name: placement.address for name, placement in pool.placements.items()}
         for stage, layer in zip(self._stages, layers, strict=True):
             resident = {
@@ -627,6 +629,11 @@ class Runtime:
         -------
         weights, ids : Tensor
             What is to be computed; the very tensors given when nothing is replaced.
+
+        Raises
+        ------
+        RouterScoresError
+            The router's scores are not numbers; the step has no output, as in :meth:`run`.
         """
         if self.virtual is None or self.failure is not None:
             return weights, ids
@@ -638,6 +645,25 @@ class Runtime:
         self._note_wishes(stage, routes)  # they decide who stays, whoever stands in
         if not self._substituting:
             return weights, ids
+        try:
+            return self._stand_in(stage, logits, weights, ids, routes)
+        except RouterScoresError as error:
+            self._end(failed=True)
+            if not self.facts.in_step:
+                raise
+            logger.error("%s", error)
+            self.failure = error
+            return weights, ids
+
+    def _stand_in(
+        self,
+        stage: ExpertStage,
+        logits: torch.Tensor,
+        weights: torch.Tensor,
+        ids: torch.Tensor,
+        routes: NDArray[np.int64],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        assert self.virtual is not None
         resident = self.manager.resident(stage.layer, arriving=True)
         exact = self._exact
         return stand_in(self.virtual, stage.layer, resident, stage.scoring, logits, weights, ids, routes, exact)
@@ -697,12 +723,19 @@ class Runtime:
         if routes.size > capacity and len(np.unique(routes)) > capacity:
             return self._run_groups(stage, x, weights, ids, routes, capacity)
         with self.manager.acquire(stage.layer, routes, wait=False) as lease:
-            # What a prediction would load while stand-ins are allowed is mostly what they stand in for.
-            if self._ahead is not None and not (self._substituting and self._kind.decode):
-                self._ahead.after_router(stage.layer, routes, lambda: x.float().numpy(), decode=self._kind.decode)
+            if self._ahead is not None:
+                insisted = self._insisted if self._substituting else None
+                self._ahead.after_router(
+                    stage.layer, routes, lambda: x.float().numpy(), decode=self._kind.decode, insisted=insisted
+                )
             lease.wait()
             output: torch.Tensor = stage.module.compute_resident(x, weights, ids)
         return output
+
+    def _insisted(self, layer: int, logits: NDArray[np.float32]) -> NDArray[np.int64]:
+        assert self.virtual is not None
+        stage, resident = self._by_layer[layer], self.manager.resident(layer, arriving=True)
+        return insisted(self.virtual, resident, stage.scoring, logits, stage.top_k, self._exact)
 
     def _note_wishes(self, stage: ExpertStage, routes: NDArray[np.int64]) -> None:
         """Tell what a layer's router chose."""

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from expertier.virtual import VirtualExperts
+from expertier.virtual import VirtualExperts, top_experts
+from expertier.virtual.selection import choose_together
 
 
 class RouterScoring(Protocol):
@@ -86,3 +87,39 @@ def stand_in(
     new_ids[of_changed] = torch.from_numpy(placed[changed]).to(ids.dtype)
     new_weights[of_changed] = scoring.weights(logits[of_changed], new_ids[of_changed]).to(weights.dtype)
     return new_weights, new_ids
+
+
+def insisted(
+    virtual: VirtualExperts,
+    resident: NDArray[np.bool_],
+    scoring: RouterScoring,
+    logits: NDArray[np.float32],
+    top_k: int,
+    exact: NDArray[np.bool_] | None,
+) -> NDArray[np.int64]:
+    """Foresee which absent experts no stand-in is allowed for, from what the router will probably be given.
+
+    Parameters
+    ----------
+    virtual, resident, scoring, exact
+        As for :func:`stand_in`.
+    logits : ndarray of float32, shape (tokens, experts)
+        A guess at what the router will be given.
+    top_k : int
+        Experts per token.
+
+    Returns
+    -------
+    ndarray of int64, shape (n,)
+    """
+    guess = torch.from_numpy(logits)
+    ranking = scoring.ranking(guess)
+    routes = top_experts(ranking, top_k)
+    needed = routes
+    if not resident[routes].all():
+        plain = np.take_along_axis(scoring.probabilities(guess), routes, axis=1)
+        settings = virtual.settings
+        needed = choose_together(ranking, resident, routes, plain, bias=virtual.bias, protect=settings.protect)
+    if exact is not None:
+        needed = np.where(exact[:, None], routes, needed)
+    return np.unique(needed[~resident[needed]])

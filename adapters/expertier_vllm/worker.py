@@ -22,7 +22,7 @@ from expertier.comparison.quality import DecodedLogits, wants_logits
 from expertier.errors import ExpertierError
 from expertier.telemetry import PhaseCounters, Stats
 from expertier_vllm.metrics import Record, substituted_mass, summed
-from expertier_vllm.offline import GIVEN_TOKENS, GivenText, Steps, greedy, open_engine, prepare_environment
+from expertier_vllm.offline import GIVEN_TOKENS, GivenTexts, Steps, greedy, open_engine, prepare_environment
 
 _CACHE_BYTES = 256 << 20
 _KERNELS = "eager"
@@ -114,10 +114,10 @@ class _Measurement:
         with contextlib.closing(DecodedLogits(self._job)) as file:
             for index, text in enumerate(self._job["texts"]):
                 tokens = self._tokens(text, 0, length + count)
-                given = GivenText(self._llm, tokens[:-1], prompt=length)
+                given = GivenTexts(self._llm, [tokens[:-1]], prompt=length)
                 for place, _ in enumerate(given):
                     if place:  # the first is what a prompt gives
-                        file.add(index, tokens[length + place], given.logits)
+                        file.add(index, tokens[length + place], given.logits())
         after = self._records()
         if not after or after[0]["virtual"] is None:
             return {}

@@ -179,6 +179,24 @@ def test_the_routers_input_is_fetched_only_when_something_is_absent(absent: set[
     assert len(asked) == len(absent)
 
 
+def test_with_stand_ins_only_what_the_next_layers_tokens_insist_on_is_loaded_ahead() -> None:
+    recorder = Recorder(set(range(EXPERTS)))
+    loader = ahead(recorder)
+    hidden = np.random.default_rng(5).normal(size=(2, gates()[2].shape[1])).astype(np.float32)
+    told = []
+
+    def insisted(layer: int, scores: Vector) -> NDArray[np.int64]:
+        told.append((layer, scores))
+        return np.array([4]) if layer == 3 else np.zeros(0, np.int64)
+
+    for layer in (2, 3, 7):
+        routes = np.array([[0, 1], [1, 2]])
+        loader.after_router(layer, routes, lambda: hidden, decode=True, insisted=insisted)
+    assert [layer for layer, _ in told] == [3, 7]
+    np.testing.assert_allclose(told[0][1], hidden @ gates()[3].T, rtol=1e-6)
+    assert [(layer, experts) for layer, experts, _ in recorder.calls] == [(3, [4])]
+
+
 def no_gate_input() -> None:
     raise AssertionError("streaming needs no prediction")
 

@@ -46,6 +46,10 @@ def profiled(model: str, other: str, texts: str) -> dict[str, Any]:
         llm.generate(prompts, sampling, use_tqdm=False)
         outcome["shrunk"] = llm.collective_rpc("expertier_stats")[0]
 
+    with engine(_without_numbers(Path(model)), "30%", expertier={"virtual_bias": 0.5}, **SETTINGS) as llm:
+        answers = llm.generate(prompts[:1], sampling, use_tqdm=False)
+        outcome["no numbers"] = [(answer.outputs[0].finish_reason, answer.outputs[0].stop_reason) for answer in answers]
+
     def refused(checkpoint: str = model, budget: str = "50%", **options: Any) -> str:
         def begin() -> None:
             with engine(checkpoint, budget, expertier=options, **SETTINGS):
@@ -64,6 +68,25 @@ def profiled(model: str, other: str, texts: str) -> dict[str, Any]:
     )
     outcome["refused"]["foreign"] = refused(str(other), quality_budget="1%")
     return outcome
+
+
+def _without_numbers(model: Path) -> str:
+    """A copy of a checkpoint whose second router says nothing."""
+    import shutil
+
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    broken = shutil.copytree(
+        model, model.with_name(f"{model.name}-broken"), ignore=shutil.ignore_patterns("*expertier*")
+    )
+    for file in broken.glob("*.safetensors"):
+        tensors = load_file(file)
+        for name in tensors:
+            if name.endswith("layers.1.mlp.gate.weight"):
+                tensors[name] = torch.full_like(tensors[name], float("nan"))
+        save_file(tensors, file, {"format": "pt"})
+    return str(broken)
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +127,11 @@ def test_with_less_memory_than_was_measured_a_running_server_becomes_exact_and_s
     shrunk = outcome["shrunk"]
     assert shrunk["virtual"]["bias"] == 0.0
     assert "exact: The quality profile begins at 50 %" in shrunk["mode"]
+
+
+def test_scores_that_are_no_numbers_end_the_requests_of_the_step_and_not_the_server(outcome: Any) -> None:
+    [[reason, problem]] = outcome["no numbers"]
+    assert reason == "error" and "not numbers (NaN)" in problem
 
 
 @pytest.mark.parametrize(

@@ -60,3 +60,18 @@ def test_what_an_exact_token_brings_in_costs_the_others_nothing() -> None:
     together, virtual = chosen(absent, [True, False, True])
     assert together[1] == [2, 0]
     assert virtual.substituted.tolist() == [0]
+
+
+def test_what_is_foreseen_is_what_would_be_brought_in() -> None:
+    from expertier_vllm.stand_ins import insisted
+
+    virtual = VirtualExperts([0], VirtualSettings(bias=0.5))
+    scores = np.array(SCORES, np.float32)
+    absent = np.array([False, False, True, True])
+
+    def foreseen(exact: list[bool] | None) -> list[int]:
+        mask = None if exact is None else np.array(exact)
+        return insisted(virtual, absent, GivenScores(), scores, 2, mask).tolist()
+
+    assert foreseen(None) == np.setdiff1d(chosen(absent.tolist(), None)[0], [2, 3]).tolist()
+    assert foreseen([True, False, False]) == [0, 1]

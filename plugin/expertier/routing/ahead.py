@@ -30,10 +30,14 @@ _DEAR = 0.05  # share of a step that forecasts may take where they only decide w
 _PACE = 0.1  # weight of one step in what they take
 _STREAM_FROM = 0.5  # share of a layer's experts in use from which the next layer is streamed whole
 
+_INSISTED = 1  # layers ahead whose tokens' insistence is foreseen
 _LISTENED = 2  # layers whose routers a predictor is told about: those further on know too little
 
 GateInput = Callable[[], "NDArray[np.float32] | None"]
 """Gives the input of a layer's router, shape ``(tokens, hidden)``, or ``None`` where it cannot be had."""
+
+Insisted = Callable[[int, "NDArray[np.float32]"], "NDArray[np.int64]"]
+"""Of a later layer and what its router will probably say: the absent experts that no stand-in is allowed for."""
 
 
 class Loader(Prefetcher, Protocol):
@@ -175,7 +179,15 @@ class AheadLoader:
         if self.gate.open:
             self._path.top_up(lambda: forecast.now, 0)
 
-    def after_router(self, layer: int, routes: NDArray[np.int64], gate_input: GateInput, *, decode: bool) -> None:
+    def after_router(
+        self,
+        layer: int,
+        routes: NDArray[np.int64],
+        gate_input: GateInput,
+        *,
+        decode: bool,
+        insisted: Insisted | None = None,
+    ) -> None:
         """Act on what the router of a layer chose.
 
         Parameters
@@ -188,8 +200,12 @@ class AheadLoader:
             Gives its router's input, called only when needed.
         decode : bool
             Whether every token is of a different sequence.
+        insisted : callable, optional
+            Where stand-ins are allowed: what is loaded ahead then is what they cannot stand in for.
         """
-        if decode:
+        if decode and insisted is not None:
+            self._load_insisted(layer, len(routes), gate_input, insisted)
+        elif decode:
             self._predict(layer, routes, gate_input)
         else:
             self._stream(layer, routes)
@@ -238,6 +254,20 @@ class AheadLoader:
                 self._cost += _PACE * (self._spent / seconds - self._cost)
         self._last_step = now, volume
         self._predicted = False
+
+    def _load_insisted(self, layer: int, tokens: int, gate_input: GateInput, insisted: Insisted) -> None:
+        if self._lookahead is None:
+            return
+        if layer not in self._next:
+            self._end_step()
+            return
+        if not self.gate.open or (hidden := gate_input()) is None:
+            return
+        for later, scores in self._lookahead.scores(layer, hidden, ahead=_INSISTED).items():
+            wanted = insisted(later, scores)
+            if wanted.size:
+                # As if it were certain: four in five come true, and each would be loaded in a layer's time anyway.
+                self._manager.prefetch(later, wanted, limit=min(self._ahead * tokens, self._most))
 
     def _refined(self, layer: int, gate_input: GateInput) -> Chances | None:
         """The rest of the path, with what the next routers say about this layer's input where the predictor listens."""

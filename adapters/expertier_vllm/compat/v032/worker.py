@@ -23,7 +23,7 @@ from vllm.utils.torch_utils import direct_register_custom_op
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from expertier.errors import ExpertierError, ExpertLoadError, UnsupportedOptionError
+from expertier.errors import ExpertierError, ExpertLoadError, RouterScoresError, UnsupportedOptionError
 from expertier.planning.memory import process_memory, reset_peak
 from expertier.scheduling import CONTROL
 from expertier_vllm import refusals
@@ -185,7 +185,7 @@ class ExpertierWorker(CPUWorker):  # type: ignore[misc]
     # ---- steps that fail
 
     def execute_model(self, scheduler_output: Any) -> Any:
-        """Turn an expert that cannot be loaded into a failed step; the scheduler ends its requests.
+        """Turn an expert that cannot be loaded, or scores that are no numbers, into a failed step, whose requests end.
 
         Other workers wait for this one: in every layer those of its tensor parallel group, after it the next stage of a
         pipeline. One that lacks an expert goes on with zeros (``Runtime.run``), and after the step the others learn
@@ -200,7 +200,7 @@ class ExpertierWorker(CPUWorker):  # type: ignore[misc]
             if self.expertier.facts.in_step and self._step_tokens:
                 failure = self.expertier.failure
                 problem = self._failures.settle(None if failure is None else str(failure))
-        except ExpertLoadError as error:
+        except (ExpertLoadError, RouterScoresError) as error:
             problem = str(error)
         if problem is None:
             return output
