@@ -267,6 +267,8 @@ class Runtime:
         offload = self.options.offload
         self._smallest = max(layer.top_k * pool.slot_bytes(layer.layer) for layer in managed)
         self._largest = sum(layer.experts * pool.slot_bytes(layer.layer) for layer in managed)
+        for stage in self._stages:
+            stage.spacing = pool.spacing[stage.layer]
         self._always = sum(stage.resident_bytes for stage in self._stages)
         self._asked = self._without_resident(parse_budget(offload.budget, self._largest + self._always))
         # Until the KV cache has its memory, budget "auto" holds one layer: enough for warm-ups.
@@ -321,7 +323,6 @@ class Runtime:
                 for part in layer.parts
                 if part.name not in windowed
             }
-            stage.spacing = pool.spacing[stage.layer]
             stage.settle(addresses, resident)
 
     @property
