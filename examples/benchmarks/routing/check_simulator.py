@@ -6,6 +6,9 @@ The model is loaded once per budget, and all of them read the same texts token b
 busy with something else slows all of them alike. Routes are recorded, replayed and compared. Nothing is loaded ahead
 of need: when a prefetch arrives depends on the moment. The simulator is given the speeds of one more budget in the same
 turns, and predicts the others.
+
+With ``--predictor FOLDER`` those others run with prediction, whole paths and lookahead. Then bytes depend on the
+moment, too, and are compared like times.
 """
 
 from __future__ import annotations
@@ -23,11 +26,16 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from expertier.catalog import read_catalog
+from expertier.catalog.routers import read_norms, read_routers
 from expertier.cli.profile import Measured, expert_share
 from expertier.comparison.hardware import cores
 from expertier.comparison.prompts import read_texts
-from expertier.routing import Trace
+from expertier.routing import GainGate, Lookahead, Trace
+from expertier.routing.predictor import RoutedModel
+from expertier.routing.saved import load_predictor
 from expertier.simulation import Events, Replay, Timing, load_events, replay
+from expertier.simulation.loads import AdapterLoads
+from expertier.simulation.prefetch import SimulatedManager, TimedReplay, replay_timed
 from expertier.simulation.timing import step_times
 from expertier_llamacpp import Llama
 
@@ -35,9 +43,9 @@ CALIBRATION = "37.5%"
 
 
 class Run:
-    """The model under one budget."""
+    """The model under one budget, with a predictor or without any prediction."""
 
-    def __init__(self, model: Path, budget: str, trace: Path) -> None:
+    def __init__(self, model: Path, budget: str, trace: Path, predictor: Path | None = None) -> None:
         self.trace = trace
         self.measured = Measured()
         self.llama = Llama(
@@ -47,8 +55,12 @@ class Run:
             n_threads_batch=cores(),
             verbose=False,
             expert_budget=budget,
-            expert_lookahead="off",
+            expert_lookahead="off" if predictor is None else "on",
+            expert_predictor="off" if predictor is None else str(predictor),
+            expert_profile="off",
             expert_trace=str(trace),
+            expert_trace_tokens="off" if predictor is None else "on",
+            expert_trace_hidden=None if predictor is None else 1,
         )
         # What is loaded into free room in the background depends on the moment, too.
         self.llama.offload.config = replace(self.llama.offload.config, fill=False)
@@ -63,13 +75,12 @@ class Run:
         self.measured.stall.append(after.stall_seconds - before.stall_seconds)
         self.measured.loads.append(after.misses - before.misses)
 
-    def finish(self) -> tuple[dict[str, Any], Events, Replay, float]:
-        """Return the manager's counters, the trace, its replay and the seconds of a step."""
+    def finish(self) -> tuple[dict[str, Any], Events, float]:
+        """Return the manager's counters, the trace and the seconds of a step."""
         stats = self.llama.offload.stats().as_dict()
         self.llama.close()
-        events = load_events(Trace(self.trace))
         seconds = sum(self.measured.seconds) / len(self.measured.seconds)
-        return stats, events, replay(events, "lfu", stats["budget_bytes"]), seconds
+        return stats, load_events(Trace(self.trace)), seconds
 
 
 def fit(events: Events, found: Replay, measured: Measured, share: float, target: float) -> Timing:
@@ -92,9 +103,33 @@ def fit(events: Events, found: Replay, measured: Measured, share: float, target:
     return replace(timing, bandwidth=slow)
 
 
-def compare(model: Path, texts: list[str], budgets: list[str], tokens: int, directory: Path) -> list[dict[str, Any]]:
+def predicted(events: Events, budget: int, timing: Timing, model: Path, predictor: Path) -> TimedReplay:
+    """Simulate what the engine does with prediction."""
+
+    def loads(manager: SimulatedManager) -> AdapterLoads:
+        catalog = read_catalog(model)
+        return AdapterLoads(
+            events,
+            manager,
+            predictor=load_predictor(predictor, RoutedModel.of_trace(events.header)),
+            lookahead=Lookahead(
+                gates=read_routers(catalog),
+                norms=read_norms(catalog),
+                top_k={layer.layer: layer.top_k for layer in events.header.layers},
+            ),
+            gate=GainGate("on"),
+            clock=lambda: manager.disk.now,
+        )
+
+    return replay_timed(events, "predictive", budget, timing, loads=loads)
+
+
+def compare(
+    model: Path, texts: list[str], budgets: list[str], tokens: int, directory: Path, predictor: Path | None
+) -> list[dict[str, Any]]:
     """Run all budgets in turns and simulate them."""
-    runs = {budget: Run(model, budget, directory / budget) for budget in (CALIBRATION, *budgets)}
+    runs = {budget: Run(model, budget, directory / budget, predictor) for budget in budgets}
+    runs[CALIBRATION] = Run(model, CALIBRATION, directory / CALIBRATION)
     left = tokens
     for text in texts:
         ids = runs[CALIBRATION].llama.tokenize(text.encode(), add_bos=False)[: min(256, left)]
@@ -108,11 +143,26 @@ def compare(model: Path, texts: list[str], budgets: list[str], tokens: int, dire
             break
     share = expert_share(read_catalog(model))
     calibration = runs.pop(CALIBRATION)
-    _, events, found, seconds = calibration.finish()
+    stats, events, seconds = calibration.finish()
+    found = replay(events, "lfu", stats["budget_bytes"])
     timing = fit(events, found, calibration.measured, share, seconds)
     rows = []
     for budget, run in runs.items():
-        stats, events, found, seconds = run.finish()
+        stats, events, seconds = run.finish()
+        if predictor is not None:
+            timed = predicted(events, stats["budget_bytes"], timing, model, predictor)
+            simulated = timed.seconds / timed.steps
+            rows.append(
+                {
+                    "budget": budget,
+                    "bytes": [stats["bytes_read"], timed.bytes_read],
+                    "ms_per_token": [1e3 * seconds, 1e3 * simulated],
+                    "ratio": simulated / seconds,
+                    "timing": asdict(timing),
+                }
+            )
+            continue
+        found = replay(events, "lfu", stats["budget_bytes"])
         simulated = step_times(events, found, timing).demand
         rows.append(
             {
@@ -136,12 +186,13 @@ def main() -> None:
     parser.add_argument("--budget", action="append", required=True)
     parser.add_argument("--tokens", type=int, default=300)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--predictor", type=Path, help="run the budgets with prediction by what `train` has written")
     options = parser.parse_args()
     texts = [text.text[:4096] for text in read_texts(options.text)][::7]
     rows = []
     for _ in range(options.repeats):
         with tempfile.TemporaryDirectory() as directory:
-            rows += compare(options.model, texts, options.budget, options.tokens, Path(directory))
+            rows += compare(options.model, texts, options.budget, options.tokens, Path(directory), options.predictor)
     summary = {
         budget: {
             "equal": all(
@@ -149,6 +200,11 @@ def main() -> None:
                 for row in rows
                 for key in ("hits", "misses", "bytes")
                 if row["budget"] == budget
+            )
+            if options.predictor is None
+            else None,
+            "bytes_ratio": statistics.median(
+                row["bytes"][1] / row["bytes"][0] for row in rows if row["budget"] == budget
             ),
             "time_ratio": statistics.median(row["ratio"] for row in rows if row["budget"] == budget),
         }
