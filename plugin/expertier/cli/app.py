@@ -389,7 +389,7 @@ def traffic(
     trace: Annotated[Path, typer.Argument(metavar="TRACE", help="What `expertier profile` recorded.")],
     arm: Annotated[
         list[str] | None,
-        typer.Option("--arm", help="fcfs (always), greedy, similarity, balanced, random, domains. Repeat it."),
+        typer.Option("--arm", help="fcfs (always), similarity, greedy, balanced, random, domains, answers. Repeat it."),
     ] = None,
     batch: Annotated[
         list[int] | None, typer.Option("--batch", min=1, help="Requests that run at a time. Repeat it. \\[default: 8]")
@@ -432,7 +432,7 @@ def traffic(
     command(
         TrafficRequest(
             trace=trace,
-            arms=tuple(arm or ("random", "balanced", "similarity", "greedy", "domains")),
+            arms=tuple(arm or ("random", "balanced", "similarity", "greedy", "domains", "answers")),
             batches=tuple(dict.fromkeys(batch or (8,))),
             budget=budget,
             plan=TrafficPlan(

@@ -14,7 +14,7 @@ from expertier.comparison.prompts import find_texts
 from expertier.comparison.schedulers import SchedulerComparison
 from expertier.comparison.traffic import read_request_log
 from expertier.config import OffloadOptions
-from expertier.simulation.scheduling import TrafficPlan, TrafficRecord, TrafficRun, check_arms
+from expertier.simulation.scheduling import REAL_ARMS, TrafficPlan, TrafficRecord, TrafficRun, check_arms
 
 _USUAL_BUDGET = "50%"
 
@@ -43,7 +43,7 @@ class SchedulersRequest:
 
 def compare_schedulers(request: SchedulersRequest) -> None:
     """Serve the same requests under every scheduler, in turns; write record and figure, print the table."""
-    arms = check_arms(request.arms)
+    arms = check_arms(request.arms, REAL_ARMS)
     adapter = get_adapter(request.engine)
     catalog = read_catalog(request.model)
     plan = replace(

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from expertier.errors import UnsupportedOptionError
+from expertier.residency.base import IntArray
 from expertier.routing.trace_format import TraceHeader
 from expertier.scheduling import BATCHERS, CONTROL, ORACLE, Admission, KnownDomains, PathBook, Worth, make_batcher
 from expertier.simulation.requests import RecordedRequest, Texts, Traffic, cut_requests, poisson
@@ -19,7 +21,10 @@ from expertier.simulation.timing import Timing
 from expertier.simulation.traffic import Served, serve
 
 SCHEMA = "expertier-traffic/1"
-ARMS = (*BATCHERS, ORACLE)
+FORESIGHT = "answers"
+"""Name of the arm that is told what each answer will use: the bound for any forecast."""
+REAL_ARMS = (*BATCHERS, ORACLE)
+ARMS = (*REAL_ARMS, FORESIGHT)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,8 +182,8 @@ class TrafficRecord:
         return median(ratios), min(ratios), max(ratios)
 
 
-def check_arms(arms: Sequence[str]) -> list[str]:
-    """Put the control first and refuse unknown names.
+def check_arms(arms: Sequence[str], known: Sequence[str] = ARMS) -> list[str]:
+    """Put the control first and refuse names that are not `known`.
 
     Raises
     ------
@@ -186,9 +191,32 @@ def check_arms(arms: Sequence[str]) -> list[str]:
         There is no such arm.
     """
     for arm in arms:
-        if arm not in ARMS:
-            raise UnsupportedOptionError(f"There is no scheduling arm {arm!r}.", f"Choose from: {', '.join(ARMS)}.")
+        if arm not in known:
+            raise UnsupportedOptionError(f"There is no scheduling arm {arm!r}.", f"Choose from: {', '.join(known)}.")
     return list(dict.fromkeys([CONTROL, *arms]))
+
+
+class _KnownAnswers(PathBook):
+    """Describes a request by what its answer is going to use."""
+
+    def __init__(self, requests: Sequence[RecordedRequest], shape: tuple[int, int]) -> None:
+        super().__init__(*shape)
+        self._answers = np.stack([self._used(request.routes[request.prompt - 1 :]) for request in requests])
+        self._total, self._seen = self._answers.mean(axis=0), 1.0
+
+    def _used(self, routes: IntArray) -> NDArray[np.float32]:
+        flat = (routes + self._offset)[routes >= 0]
+        return (np.bincount(flat, minlength=self.width) / len(routes)).astype(np.float32)
+
+    def observe(self, requests: Sequence[Hashable], tokens: IntArray, routes: IntArray) -> None:
+        pass
+
+    def of_waiting(self, request: Hashable, tokens: IntArray) -> NDArray[np.float32]:
+        row: NDArray[np.float32] = self._answers[int(str(request))]
+        return row
+
+    def of_running(self, request: Hashable) -> NDArray[np.float32]:
+        return self.of_waiting(request, np.zeros(0, np.int64))
 
 
 class TrafficSimulator:
@@ -249,6 +277,9 @@ class TrafficSimulator:
                 domains = [request.domain for request in traffic.requests]
                 book = KnownDomains(domains, lambda name: int(str(name)))
                 return Admission(make_batcher("similarity"), book, worth=Worth("on"), clock=clock)
+            if arm == FORESIGHT:
+                answers = _KnownAnswers(traffic.requests, self._shape)
+                return Admission(make_batcher("similarity"), answers, worth=Worth("on"), clock=clock)
             return Admission(make_batcher(arm), self._book(plan, traffic.requests, seed), clock=clock)
 
         return serve(
