@@ -26,6 +26,9 @@ class VllmOptions:
     ----------
     offload : OffloadOptions
         The options that all engines share.
+    host_budget : str, int or None
+        Puts experts into slots over a tier of so much host memory, as a device needs: `budget` is what the slots take,
+        and both tiers follow one policy. ``None``: experts are where the processor computes.
     budget_endpoint : bool
         Whether ``POST /expertier/budget`` changes the budget of a running server. Off unless asked for, because
         whoever reaches the server's port could use it.
@@ -37,6 +40,7 @@ class VllmOptions:
     """
 
     offload: OffloadOptions = field(default_factory=OffloadOptions)
+    host_budget: str | int | None = None
     budget_endpoint: bool = False
     scheduler: str | None = None
     fairness: Fairness = field(default_factory=Fairness)
@@ -93,6 +97,8 @@ class VllmOptions:
                 "virtual_hard is not possible in vLLM yet.", "Use virtual_bias: resident experts are then preferred."
             )
         parse_budget(offload.budget, 1 << 60)  # a slip of the pen is told before any work
+        if given.get("host_budget") is not None:
+            _check_slots(given["host_budget"], offload)
         return cls(
             offload=offload,
             fairness=Fairness.from_options(given),
@@ -100,7 +106,26 @@ class VllmOptions:
         )
 
 
+def _check_slots(host_budget: Any, offload: OffloadOptions) -> None:
+    """Refuse what is not known to work with experts in slots."""
+    if parse_budget(host_budget, 1 << 60) is None or parse_budget(offload.budget, 1 << 60) is None:
+        raise UnsupportedOptionError(
+            "With host_budget neither budget can be 'auto': slots are allocated before the KV cache has its memory.",
+            "Give both amounts, e.g. 8GiB or 50%.",
+        )
+    for name, wanted in {
+        "trace": offload.trace is not None,
+        "governor": offload.governor != "off",
+        "virtual_bias": offload.virtual_bias is not None,
+        "quality_budget": parse_quality_budget(offload.quality_budget).kind != "exact",
+    }.items():
+        if wanted:
+            raise UnsupportedOptionError(f"{name} is not possible together with host_budget.", "Give one of the two.")
+
+
 def _own(name: str, value: Any) -> Any:
+    if name == "host_budget":
+        return value
     if name != "scheduler":
         return _flag(name, value)
     if value is not None and not (isinstance(value, str) and value in BATCHERS):

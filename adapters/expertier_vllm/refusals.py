@@ -225,3 +225,11 @@ def unknown_router(kind: str) -> UnsupportedModelError:
         f"Virtual experts do not know this model's router ({kind}).",
         "Leave out the virtual_ options; known are softmax and sigmoid scores, grouped or not, also with a correction.",
     )
+
+
+def quantised_slots(method: str) -> UnsupportedModelError:
+    """Slots were tried with plain weights only."""
+    return UnsupportedModelError(
+        f"host_budget is not possible with experts quantised by {method}.",
+        "Leave host_budget out, or use a checkpoint in bf16, fp16 or fp32.",
+    )

@@ -53,6 +53,7 @@ from expertier_vllm.loading import (
 from expertier_vllm.options import VllmOptions
 from expertier_vllm.recording import StepRecording
 from expertier_vllm.route_log import RouteLog
+from expertier_vllm.slots import ExpertSlots
 from expertier_vllm.stage import ExpertStage, layers_in_order
 from expertier_vllm.stand_ins import insisted, stand_in
 
@@ -171,6 +172,7 @@ class Runtime:
         self._pressure: PressureGovernor | None = None
         self._substituting = False
         self._exact: NDArray[np.bool_] | None = None  # tokens of the step that may not be given stand-ins
+        self._slots: ExpertSlots | None = None
         self._looked = False
         self._pack: Pack | None = None
         self._asked: int | None = None
@@ -184,6 +186,11 @@ class Runtime:
         self._serving = False
 
     # ---- building and loading
+
+    @property
+    def in_slots(self) -> bool:
+        """Whether experts are in slots over host memory, and not in windows of address space."""
+        return self.options.host_budget is not None
 
     def add(self, stage: ExpertStage) -> None:
         """Take a layer in; called when it has been constructed."""
@@ -263,8 +270,11 @@ class Runtime:
             )
             for layer in layers
         ]
-        pool = WindowPool(managed, {pack.path: file}, pack.check, packed=True)
         offload = self.options.offload
+        if self.in_slots:
+            self._make_slots(managed, pack, file)
+            return
+        pool = WindowPool(managed, {pack.path: file}, pack.check, packed=True)
         self._smallest = max(layer.top_k * pool.slot_bytes(layer.layer) for layer in managed)
         self._largest = sum(layer.experts * pool.slot_bytes(layer.layer) for layer in managed)
         for stage in self._stages:
@@ -294,8 +304,7 @@ class Runtime:
             pool.close()
             raise
         weakref.finalize(self, self.manager.close)
-        profile = offload.profile if self.facts.rank == 0 and self._sees_all_layers else "off"
-        self._keeper = ProfileKeeper(profile, self._catalog, self._directories(), self.manager)
+        self._keep_profile()
         if offload.trace is not None and self.facts.rank == 0:
             if not self._sees_all_layers:
                 raise UnsupportedOptionError(
@@ -324,6 +333,45 @@ class Runtime:
                 if part.name not in windowed
             }
             stage.settle(addresses, resident)
+
+    def _make_slots(self, layers: Sequence[LayerExperts], pack: Pack, file: StorageFile) -> None:
+        """Put the experts into slots; what is not known to work with them was refused before."""
+        if self.facts.shard != "tp 0 of 1" or not self._sees_all_layers:
+            raise UnsupportedOptionError(
+                "host_budget is not possible with several workers.", "Leave out --tensor-parallel-size and pipelines."
+            )
+        offload = self.options.offload
+        sizes = {layer.layer: layer.expert_bytes for layer in layers}
+        self._smallest = sum(layer.top_k * layer.expert_bytes for layer in layers)  # every layer has slots of its own
+        self._largest = sum(layer.total_bytes for layer in layers)
+        self._asked = parse_budget(offload.budget, self._largest)
+        host = parse_budget(str(self.options.host_budget), self._largest)
+        assert self._asked is not None and host is not None  # "auto" was refused with the options
+        self._predictor = self._open_predictor()
+        self._slots = ExpertSlots(
+            self._stages,
+            layers,
+            {pack.path: file},
+            pack,
+            device=next(self._stages[0].module.parameters(), torch.empty(0)).device,
+            device_bytes=self._asked,
+            host_bytes=host,
+            config=ManagerConfig(
+                policy=policy_for(offload, self._predictor, lossy=False),
+                half_life=offload.half_life,
+                io_threads=offload.io_threads,
+                fill=True,
+            ),
+        )
+        self.manager = self._slots.tier.manager
+        weakref.finalize(self, self.manager.close)
+        self._keep_profile()
+        self._slot = sizes
+        self._last = len(self._stages) - 1
+
+    def _keep_profile(self) -> None:
+        profile = self.options.offload.profile if self.facts.rank == 0 and self._sees_all_layers else "off"
+        self._keeper = ProfileKeeper(profile, self._catalog, self._directories(), self.manager)
 
     @property
     def _sees_all_layers(self) -> bool:
@@ -510,7 +558,10 @@ class Runtime:
             held = self.manager.stats().resident_bytes
             limit = memory_left()
             asked = max(self._smallest, held + limit.left // self.facts.local_workers - self._margin(limit.left))
-        self.manager.resize(min(asked, self._largest))
+        if self._slots is not None:
+            self._slots.tier.resize(min(asked, self._largest))
+        else:
+            self.manager.resize(min(asked, self._largest))
         if self._pressure is not None:
             self._pressure.ask(self.manager.budget)
         return self.manager.budget + self._always
@@ -559,6 +610,7 @@ class Runtime:
             "mode": self._mode_line() if self._serving else "",
             "virtual": None,
             **describe_losses(self.virtual, self._quality),
+            **({} if self._slots is None else {"tier": asdict(self._slots.tier.stats())}),
         }
 
     def _mode_line(self) -> str:
@@ -570,7 +622,7 @@ class Runtime:
             f"{format_bytes(max(self._slot.values()))} ({self._stages[0].format}), "
             f"budget {format_bytes(budget)} of {format_bytes(total)} ({100 * budget / total:.0f} %), "
             f"policy {self.manager.config.policy}, prediction by {self._ahead.words() if self._ahead else 'nothing'}, "
-            f"sidecar {self._pack.path}, "
+            f"{self._slots.words() + ', ' if self._slots else ''}sidecar {self._pack.path}, "
             f"{words_of_losses(self.virtual, self._quality)}"
         )
 
@@ -715,28 +767,43 @@ class Runtime:
     def _run_absent(
         self, stage: ExpertStage, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor
     ) -> torch.Tensor:
-        routes = ids.numpy().astype(np.int64)
+        routes = ids.cpu().numpy().astype(np.int64)
         if self.virtual is None:
             self._note_wishes(stage, routes)
         if self._recording is not None and self._kind.real:
             self._recording.layer(stage.layer, routes, weights, x)
-        capacity = self.manager.budget // self._slot[stage.layer]
+        capacity = self._capacity(stage.layer)
         if routes.size > capacity and len(np.unique(routes)) > capacity:
             return self._run_groups(stage, x, weights, ids, routes, capacity)
+        output: torch.Tensor
+        if self._slots is not None:
+            with self._slots.working_set(stage.layer, routes, ids) as slots:
+                self._load_ahead(stage, x, routes)
+                output = stage.module.compute_resident(x, weights, slots)
+            return output
         with self.manager.acquire(stage.layer, routes, wait=False) as lease:
-            if self._ahead is not None:
-                insisted = self._insisted if self._substituting else None
-                self._ahead.after_router(
-                    stage.layer, routes, lambda: x.float().numpy(), decode=self._kind.decode, insisted=insisted
-                )
+            self._load_ahead(stage, x, routes)
             lease.wait()
-            output: torch.Tensor = stage.module.compute_resident(x, weights, ids)
+            output = stage.module.compute_resident(x, weights, ids)
         return output
 
     def _insisted(self, layer: int, logits: NDArray[np.float32]) -> NDArray[np.int64]:
         assert self.virtual is not None
         stage, resident = self._by_layer[layer], self.manager.resident(layer, arriving=True)
         return insisted(self.virtual, resident, stage.scoring, logits, stage.top_k, self._exact)
+
+    def _capacity(self, layer: int) -> int:
+        """Experts of a layer that can be resident at once."""
+        if self._slots is not None:
+            return self._slots.capacity(layer)
+        return self.manager.budget // self._slot[layer]
+
+    def _load_ahead(self, stage: ExpertStage, x: torch.Tensor, routes: NDArray[np.int64]) -> None:
+        if self._ahead is not None:
+            insisted = self._insisted if self._substituting else None
+            self._ahead.after_router(
+                stage.layer, routes, lambda: x.float().cpu().numpy(), decode=self._kind.decode, insisted=insisted
+            )
 
     def _note_wishes(self, stage: ExpertStage, routes: NDArray[np.int64]) -> None:
         """Tell what a layer's router chose."""
@@ -757,6 +824,10 @@ class Runtime:
         output = torch.empty_like(x)
         for tokens, wanted in token_groups(routes, capacity, self.manager.resident(stage.layer)):
             rows = torch.from_numpy(tokens)
+            if self._slots is not None:
+                with self._slots.working_set(stage.layer, wanted, ids[rows]) as slots:
+                    output[rows] = stage.module.compute_resident(x[rows], weights[rows], slots)
+                continue
             with self.manager.acquire(stage.layer, wanted):
                 output[rows] = stage.module.compute_resident(x[rows], weights[rows], ids[rows])
         return output
@@ -766,7 +837,8 @@ class Runtime:
         self._kind = self._step_kind()
         phase: Phase = "decode" if self._kind.decode else "prefill"
         recorded = self._recording is not None and self._kind.real
-        self._everything = None if recorded else self.manager.hold_all(tokens, phase)
+        held = recorded or self._slots is not None  # in slots experts have other numbers, also when all are there
+        self._everything = None if held else self.manager.hold_all(tokens, phase)
         if self._recording is not None and recorded:
             self._recording.begin(self._spans, tokens, phase)
         if self._everything is None:

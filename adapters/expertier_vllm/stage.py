@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -142,6 +143,10 @@ class ExpertStage:
     def set_up(self) -> None:
         """Find out what an expert consists of once it has been processed; see :meth:`RowFill.rows`."""
         self.rows = self._fill.rows()
+        if self.runtime.in_slots:
+            if type(self.method).__name__ != "UnquantizedFusedMoEMethod":
+                raise refusals.quantised_slots(type(self.method).__name__)
+            self.rows = tuple(replace(row, window=True) for row in self.rows)  # small ones, too: they go by slot
 
     # ---- writing the sidecar
 
@@ -243,6 +248,18 @@ class ExpertStage:
         """Bytes that stay resident for all experts, at most."""
         rows = [row.nbytes for row in self.rows if not row.window]
         return self.experts * sum(min(self.spacing * size, size + 2 * PAGE) for size in rows)
+
+    def settle_in_slots(self, memory: Mapping[str, torch.Tensor]) -> None:
+        """End loading: let the layer's weights be slots, shape ``(slots, ...)``.
+
+        Parameters
+        ----------
+        memory : mapping of str to Tensor
+            Attribute of the layer to the rows of all slots.
+        """
+        self._sources.clear()
+        self._fill.settle({row: memory[row.param] for row in self.rows})
+        self.module.global_num_experts = len(next(iter(memory.values())))
 
     def choose(
         self, logits: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor

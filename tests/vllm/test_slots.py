@@ -1,0 +1,111 @@
+"""Experts in slots over host memory, as a device needs them: stock's tokens, the processor in the device's place."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from expertier.errors import ExpertierError
+from expertier_vllm.options import VllmOptions
+from support.tiny_hf import HfSpec, write_hf
+from support.vllm_arms import Arm, Outcome, run_arms
+
+SPEC = HfSpec()
+EXPERT = 3 * 2 * SPEC.hidden * SPEC.intermediate
+BUFFERS = 10 << 20  # what two I/O threads read through
+HOST = BUFFERS + 12 * EXPERT
+ONE_TOKEN = SPEC.layers * SPEC.top_k * EXPERT
+
+engine = pytest.mark.engine
+slow = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Outcome]]:
+    """Return a function that runs stock and slots for a family, once."""
+    pytest.importorskip("vllm")
+    directory = tmp_path_factory.mktemp("models")
+
+    @functools.cache
+    def run(family: str) -> dict[str, Outcome]:
+        model = str(write_hf(directory / family, HfSpec(family=family)))
+        arms = [
+            Arm(name="stock", model=model),
+            Arm(name="25%, disk below", model=model, expertier={"budget": "25%", "host_budget": HOST}),
+        ]
+        if family == "qwen3_moe":
+            compiled, half = {"enforce_eager": False}, {"budget": "50%", "host_budget": "64MiB"}
+            arms += [
+                Arm(name="50%", model=model, expertier=half),
+                Arm(name="one token", model=model, expertier={"budget": ONE_TOKEN, "host_budget": BUFFERS}),
+                Arm(name="stock, compiled", model=model, engine=compiled),
+                Arm(name="50%, compiled", model=model, expertier=half, engine=compiled),
+                Arm(name="too small", model=model, expertier={"budget": ONE_TOKEN - 1, "host_budget": BUFFERS}),
+            ]
+        return run_arms(arms)
+
+    return run
+
+
+@engine
+@slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("family", "arm"),
+    [
+        ("qwen3_moe", "50%"),
+        ("qwen3_moe", "25%, disk below"),
+        ("qwen3_moe", "one token"),
+        ("qwen3_moe", "50%, compiled"),
+        ("gpt_oss_bf16", "25%, disk below"),  # an expert's biases travel with it
+    ],
+)
+def test_greedy_tokens_are_those_of_stock(outcomes: Callable[[str], dict[str, Outcome]], family: str, arm: str) -> None:
+    found = outcomes(family)
+    stock, ours = found["stock, compiled" if "compiled" in arm else "stock"], found[arm]
+    assert not stock.error and not ours.error
+    assert ours.tokens == stock.tokens
+    assert ours.stats is not None
+    tier = ours.stats["tier"]
+    assert ours.stats["peak_resident_bytes"] <= ours.stats["budget_bytes"] == tier["device_bytes"]
+    assert tier["link_bytes"] > 0
+    assert "in slots over" in ours.stats["mode"] and "lossless" in ours.stats["mode"]
+
+
+@engine
+@slow
+def test_the_host_tier_spares_the_disk(outcomes: Callable[[str], dict[str, Outcome]]) -> None:
+    found = outcomes("qwen3_moe")
+    for name, most in (("50%", 1 << 30), ("25%, disk below", HOST)):
+        stats = found[name].stats
+        assert stats is not None and stats["tier"]["host_loads"] > 0
+        assert stats["tier"]["host_bytes"] <= most
+    roomy = found["50%"].stats
+    assert roomy is not None and roomy["tier"]["disk_loads"] <= SPEC.layers * SPEC.experts
+
+
+@engine
+@slow
+def test_a_budget_below_one_tokens_experts_in_every_layer_is_refused_at_start(
+    outcomes: Callable[[str], dict[str, Outcome]],
+) -> None:
+    assert "slots for each layer" in outcomes("qwen3_moe")["too small"].error
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"host_budget": "1GiB"}, "neither budget can be 'auto'"),
+        ({"budget": "50%", "host_budget": "auto"}, "neither budget can be 'auto'"),
+        ({"budget": "50%", "host_budget": "much"}, "not an amount of memory"),
+        ({"budget": "50%", "host_budget": "1GiB", "virtual_bias": 0.1}, "virtual_bias is not possible"),
+        ({"budget": "50%", "host_budget": "1GiB", "governor": "on"}, "governor is not possible"),
+        ({"budget": "50%", "host_budget": "1GiB", "trace": "routes.trace"}, "trace is not possible"),
+    ],
+)
+def test_what_does_not_go_together_with_slots_is_refused_by_name(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(ExpertierError, match=words):
+        VllmOptions.from_additional_config({"expertier": given})
