@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from expertier.manager import Phase
 from expertier.routing import Span
@@ -35,6 +36,21 @@ class BatchTokens:
         rows = self._batch.seq_id
         return [rows[index][0] for index in range(self.count)]
 
+    @functools.cached_property
+    def positions(self) -> NDArray[np.int32] | None:
+        """The position of every row; ``None`` where llama.cpp counts them itself."""
+        return np.array(self._batch.pos[: self.count], np.int32) if self._batch.pos else None
+
+    @functools.cached_property
+    def token_ids(self) -> list[int] | None:
+        """The token of every row; ``None`` for a batch of embeddings."""
+        return self._batch.token[: self.count] if self._batch.token else None
+
+    @functools.cached_property
+    def whole(self) -> Phase:
+        """What kind of step the batch would be if it were computed at once."""
+        return self.phase(0, self.count)
+
     def phase(self, start: int, stop: int) -> Phase:
         """What kind of step the rows from `start` to `stop` are.
 
@@ -55,14 +71,10 @@ class BatchTokens:
         A batch made by ``llama_batch_get_one`` has neither positions nor sequences (llama.cpp counts them itself): its
         tokens belong to nobody we know.
         """
-        batch, count = self._batch, self.count
-        if not batch.pos or not batch.seq_id:
+        count, positions, ids = self.count, self.positions, self.token_ids
+        if positions is None or not self._batch.seq_id:
             return [Span(key=None, position=0, tokens=None)] * count
-        if count == 1:
-            tokens = [batch.token[0]] if batch.token else None
-            return [Span(key=batch.seq_id[0][0], position=batch.pos[0], tokens=tokens)]
-        sequences, positions = np.array(self.sequences), np.array(batch.pos[:count])
-        ids = batch.token[:count] if batch.token else None
+        sequences = np.array(self.sequences)
         cuts = (np.flatnonzero((np.diff(sequences) != 0) | (np.diff(positions) != 1)) + 1).tolist()
         return [
             Span(

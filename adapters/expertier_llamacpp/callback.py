@@ -142,15 +142,15 @@ class EvalHook:
         self._batch = rows = BatchTokens(batch)
         self._begun = 0
         if self._recording is not None:
-            self._recording.begin(batch)
-        elif rows.count and rows.phase(0, rows.count) == "decode":
+            self._recording.begin(rows)
+        elif rows.count and rows.whole == "decode":
             # With everything resident there is nothing to stop for: a stop costs the threads a sleep and a waking.
             self._lease = self._manager.hold_all(rows.count)
             self._quiet = self._step_open = self._lease is not None
             if self._quiet and self._virtual is not None:
                 self._virtual.begin_step(rows.count, "decode")
         if self._ahead is not None and self._ahead.follows_tokens:
-            decode = bool(rows.count) and rows.phase(0, rows.count) == "decode"
+            decode = bool(rows.count) and rows.whole == "decode"
             stand_ins = self._virtual is not None and self._virtual.allowed("decode")
             self._ahead.begin(rows.spans(), decode=decode and not self._quiet and not stand_ins)
         self.compute_node = 0
@@ -246,7 +246,7 @@ class EvalHook:
             self._manager.begin_step(len(routes), self._phase)
             if self._virtual is not None:
                 # The last micro-batch of a prompt may be a single token.
-                whole = self._phase if self._batch is None else self._batch.phase(0, self._batch.count)
+                whole = self._phase if self._batch is None else self._batch.whole
                 self._virtual.begin_step(len(routes), whole)
             if self._swapper is not None:
                 self._swapper.begin_step(len(routes), self._phase)
@@ -260,10 +260,6 @@ class EvalHook:
             self._recording.layer(layer, routes, node)
         if self.listener is not None:
             self.listener(layer, routes, self._from, self._begun)
-        if self._swapper is not None and self._router is not None:
-            inputs = self._gate_input.of(node)
-            fitting = inputs if inputs is not None and len(inputs) == len(routes) else None
-            self._swapper.note(layer, routes, self._router.of(node, routes)[1], fitting)
         chosen = self._stand_ins(layer, routes, node)
         self._lease = self._manager.acquire(layer, chosen, wait=False)
         self._lease_is_whole = False
@@ -275,10 +271,17 @@ class EvalHook:
     def _stand_ins(self, layer: int, routes: NDArray[np.int64], node: int) -> NDArray[np.int64]:
         """Let resident experts stand in for absent ones: the ids in the graph become those that are returned."""
         virtual, router = self._virtual, self._router
-        if virtual is None or router is None or not virtual.substituting:
+        if virtual is None or router is None:
+            return routes
+        scores = functools.cache(lambda: router.of(node, routes))
+        if self._swapper is not None:
+            inputs = self._gate_input.of(node)
+            fitting = inputs if inputs is not None and len(inputs) == len(routes) else None
+            self._swapper.note(layer, routes, scores()[1], fitting)
+        if not virtual.substituting:
             return routes
         resident = self._manager.resident(layer, arriving=not virtual.hard)
-        chosen = virtual.choose(layer, routes, resident, lambda: router.of(node, routes))
+        chosen = virtual.choose(layer, routes, resident, scores)
         if chosen is not routes:
             write_ids(node, chosen)
         return chosen

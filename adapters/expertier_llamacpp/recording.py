@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from expertier.routing import TraceRecorder
+from expertier_llamacpp.batches import BatchTokens
 from expertier_llamacpp.gate_input import GateInput
 from expertier_llamacpp.router import RouterScores
 
@@ -41,22 +42,23 @@ class RouteRecording:
         self._positions: Any = ()
         self._done = 0
 
-    def begin(self, batch: Any) -> None:
-        """A call over a ``llama_batch`` starts."""
-        count = batch.n_tokens
-        sequences = {batch.seq_id[index][0] for index in range(count)} if count > 1 else {batch.seq_id[0][0]}
+    def begin(self, batch: BatchTokens) -> None:
+        """A call over these rows starts."""
         self._done = 0
-        if len(sequences) > 1:
+        unknown = np.full(batch.count, -1)
+        positions = batch.positions
+        if positions is None or len(set(batch.sequences)) > 1:
             self._request += 1
             self._expected = None
-            self._positions = self._tokens = np.full(count, -1)
+            self._positions = self._tokens = unknown
             return
-        sequence = sequences.pop()
-        self._positions = batch.pos[:count]
-        if self._expected != (sequence, self._positions[0]):
+        sequence = batch.sequences[0]
+        self._positions = positions
+        if self._expected != (sequence, positions[0]):
             self._request += 1
-        self._expected = (sequence, self._positions[-1] + 1)
-        self._tokens = (batch.token[:count] if batch.token else [-1] * count) if self.recorder.header.tokens else ()
+        self._expected = (sequence, int(positions[-1]) + 1)
+        if self.recorder.header.tokens:
+            self._tokens = unknown if batch.token_ids is None else batch.token_ids
 
     def begin_step(self, tokens: int, phase: Literal["decode", "prefill"]) -> None:
         """The next `tokens` tokens of the batch are computed."""

@@ -162,8 +162,8 @@ def create_app(server: ServerSettings, models: Sequence[ModelSettings]) -> FastA
         if config_file is not None:
             os.environ["CONFIG_FILE"] = config_file
 
-    model = None if stock_app._llama_proxy is None else stock_app._llama_proxy._current_model
-    if together is not None and isinstance(model, Llama):
+    model = _loaded()
+    if together is not None and model is not None:
         fairness = Fairness.from_options(together.model_dump())
         engine = BatchEngine.over(model, scheduling=together.scheduling, fairness=fairness)
         engine.start()
@@ -203,13 +203,19 @@ def _serves_together(models: Sequence[ModelSettings]) -> Any:
     return model
 
 
+def _loaded() -> Llama | None:
+    """The model that is loaded now."""
+    model = None if stock_app._llama_proxy is None else stock_app._llama_proxy._current_model
+    return model if isinstance(model, Llama) else None
+
+
 def _stats(request: Request) -> dict[str, Any]:
     """Counters of the model that is loaded now; answered while it generates, too."""
-    proxy = stock_app._llama_proxy
-    model = None if proxy is None else proxy._current_model
-    if proxy is None or not isinstance(model, Llama):
+    model = _loaded()
+    if model is None or stock_app._llama_proxy is None:
         raise HTTPException(503, "No model is loaded.")
-    stats = {"model": proxy._current_model_alias, "mode": model.mode_line(), **model.offload.stats().as_dict()}
+    stats = {"model": stock_app._llama_proxy._current_model_alias, "mode": model.mode_line()}
+    stats |= model.offload.stats().as_dict()
     stats |= describe_losses(model.virtual, model.quality)
     engine = getattr(request.app.state, "batch_engine", None)
     return stats if engine is None else {**stats, "engine": engine.stats().as_dict()}
@@ -223,19 +229,18 @@ class _Budget(pydantic.BaseModel, extra="forbid"):
 
 def _resize(request: Request, asked: _Budget) -> Any:
     """Change the memory for experts; answered when they hold no more than that, and requests go on meanwhile."""
-    model = None if stock_app._llama_proxy is None else stock_app._llama_proxy._current_model
+    model = _loaded()
     try:
         if not request.app.state.budget_endpoint:
             raise UnsupportedOptionError(
                 "Changing the budget over HTTP is off.", "Turn it on at start: --budget_endpoint true."
             )
-        if not isinstance(model, Llama):
+        if model is None:
             raise HTTPException(503, "No model is loaded.")
         model.resize(asked.budget)
     except ExpertierError as error:
         status = 403 if isinstance(error, UnsupportedOptionError) else 400
-        content = {"type": type(error).__name__, "message": error.problem, "remedy": error.remedy}
-        return JSONResponse({"error": content}, status_code=status)
+        return JSONResponse(error.as_body(), status_code=status)
     return _stats(request)
 
 

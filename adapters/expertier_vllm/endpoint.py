@@ -161,8 +161,7 @@ def _read_budget(body: Any) -> str | int:
 
 
 def _failure(status: int, error: ExpertierError) -> JSONResponse:
-    content = {"type": type(error).__name__, "message": error.problem, "remedy": error.remedy}
-    return JSONResponse({"error": content}, status_code=status)
+    return JSONResponse(error.as_body(), status_code=status)
 
 
 def _digest(key: str) -> bytes:

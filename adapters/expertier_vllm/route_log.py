@@ -83,8 +83,7 @@ class RouteLog:
         if not rows:
             return None
         places = np.arange(0, tokens, self._every, dtype=np.int32)[:rows]  # what is beyond is padding
-        stats = self._manager.stats()
-        misses = stats.decode.misses + stats.prefill.misses
+        misses = self._manager.misses
         loads, self._misses = misses - self._misses, misses
         resident = None
         if self._steps % _RESIDENT_EVERY == 0:

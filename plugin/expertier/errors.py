@@ -23,6 +23,10 @@ class ExpertierError(Exception):
         self.problem = problem
         self.remedy = remedy
 
+    def as_body(self) -> dict[str, dict[str, str]]:
+        """Return the error as servers answer it: ``{"error": {"type", "message", "remedy"}}``."""
+        return {"error": {"type": type(self).__name__, "message": self.problem, "remedy": self.remedy}}
+
 
 class ModelNotFoundError(ExpertierError, FileNotFoundError):
     """The model path does not exist or is not a readable file."""

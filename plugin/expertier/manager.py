@@ -992,6 +992,11 @@ class OffloadManager:
         return self._io.bytes_read
 
     @property
+    def misses(self) -> int:
+        """Experts that were absent when they were needed, in all steps so far."""
+        return self._stats.decode.misses + self._stats.prefill.misses
+
+    @property
     def complete(self) -> bool:
         """Whether every expert is resident."""
         return self._used >= self._stats.total_bytes and bool((self._state == _RESIDENT).all())
@@ -1023,8 +1028,7 @@ class OffloadManager:
         if self._even:
             return absent.reshape(len(self._layers), -1), under_way
         table = np.zeros((len(self._layers), max(self._experts.values())), bool)
-        for row, layer in enumerate(self._layers):
-            table[row, : self._experts[layer]] = absent[self._base[layer] : self._base[layer] + self._experts[layer]]
+        table[self._layer_index, self._column] = absent
         return table, under_way
 
     def close(self) -> None:

@@ -815,12 +815,20 @@ def test_an_exception_that_python_loses_in_a_callback_is_raised_by_the_step(
     with closing(expertier(plain, getattr(sizes(plain), budget), n_ubatch=n_ubatch, expert_lookahead="off")) as llm:
         assert trace(llm, prompt, steps) == expected
         total = next(calls)
-        for number in random.Random(4).sample(range(total - 100), 80):  # how often there is a stop varies a little
+        lost = 0
+        for number in random.Random(4).sample(range(total), 80):
             lose = number
             calls = itertools.count()
             llm.reset()
-            with pytest.raises(RecursionError, match="lost"):
-                trace(llm, prompt, steps)
+            try:
+                rows = trace(llm, prompt, steps)
+            except RecursionError as error:
+                assert str(error) == "lost"
+                lost += 1
+            else:  # how often there is a stop varies with how long loads take: this call did not come
+                assert next(calls) <= lose
+                assert rows == expected
+        assert lost > 20
         lose = -2
         llm.reset()
         assert trace(llm, prompt, steps) == expected

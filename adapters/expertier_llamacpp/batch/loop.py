@@ -346,8 +346,7 @@ class StepLoop:
         if log.seen:
             names = [sequence.number for sequence, count in parts for _ in range(count)]
             self._admission.observe(names, self._batch.tokens(), log.routes)
-        stats = self._manager.stats()
-        misses = stats.decode.misses + stats.prefill.misses
+        misses = self._manager.misses
         decoding = len(parts) == self._batch.n_tokens()  # steps with prompts in them say nothing about regrouping
         self._admission.step(len(parts) if decoding else 0, misses - self._misses)
         self._misses = misses
