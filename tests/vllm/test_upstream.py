@@ -49,6 +49,9 @@ TOUCHED = {
         "def update_from_output",
     ),
     "v1/core/block_pool.py": ("def evict_blocks",),
+    "v1/engine/async_llm.py": ("async def generate",),
+    "exceptions.py": ("class GenerationError",),
+    "distributed/parallel_state.py": ("def prev_rank", "def next_rank", "cpu_group"),
     "v1/request.py": ("skip_reading_prefix_cache",),
 }
 
@@ -112,7 +115,7 @@ def test_every_known_release_has_its_package(version: SimpleNamespace, release: 
     version.version = release
     module = compat.engine()
     assert module.__name__ == f"expertier_vllm.compat.{package}"
-    assert {"take_over", "regrouping_scheduler", "read_facts", "fail_requests"} <= set(dir(module))
+    assert {"take_over", "regrouping_scheduler", "read_facts", "fail_requests", "tell_causes"} <= set(dir(module))
 
 
 def test_a_release_that_nobody_read_is_refused_by_name(version: SimpleNamespace) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Set
 from typing import Any
 
-from expertier_vllm.compat.v032 import read_facts, regrouping_scheduler, take_over
+from expertier_vllm.compat.v032 import read_facts, regrouping_scheduler, take_over, tell_causes
 
-__all__ = ["fail_requests", "read_facts", "regrouping_scheduler", "take_over"]
+__all__ = ["fail_requests", "read_facts", "regrouping_scheduler", "take_over", "tell_causes"]
 
 
 def fail_requests(scheduler: Any, requests: Set[str], problem: str) -> None:
