@@ -41,7 +41,8 @@ from llama_cpp.server.settings import ModelSettings, ServerSettings
 from expertier.config import OffloadOptions
 from expertier.errors import ExpertierError, UnsupportedOptionError
 from expertier.quality.serving import describe_losses
-from expertier.scheduling import BATCHERS, Fairness
+from expertier.scheduling import BATCHERS, Fairness, make_batcher
+from expertier.scheduling.fairness import PREFIX as FAIRNESS
 from expertier_llamacpp.batch import BatchEngine
 from expertier_llamacpp.batch.routes import batch_router
 from expertier_llamacpp.exact import ExactnessMiddleware
@@ -85,19 +86,28 @@ class _ServedModel(ModelSettings):
         default="fcfs", description=f"Who joins next when more wait: {', '.join(BATCHERS)} (with max_sequences)."
     )
 
-    fairness_overtaken: int | None = pydantic.Field(  # the stock command line understands typing.Union only
-        default=None, description="Later requests that may join before one that waits (default: 64)."
-    )
-    fairness_steps: int | None = pydantic.Field(
-        default=None, description="Steps after its turn from which on nobody overtakes a request (default: 2048)."
-    )
-    fairness_seconds: float | None = pydantic.Field(
-        default=None, description="The same in seconds (default: no limit)."
-    )
+
+def _fairness_fields() -> dict[str, Any]:
+    """The same for the limits of fairness."""
+    hints = get_type_hints(Fairness)
+    return {
+        FAIRNESS + limit.name: (
+            Union.__getitem__((hints[limit.name], None)),
+            pydantic.Field(default=None, description=f"{_LIMITS[limit.name]} (default: {limit.default})."),
+        )
+        for limit in fields(Fairness)
+    }
+
+
+_LIMITS: Final = {
+    "overtaken": "Later requests that may join before one that waits",
+    "steps": "Steps after its turn from which on nobody overtakes a request",
+    "seconds": "Seconds after its turn from which on nobody overtakes a request",
+}
 
 
 OffloadModelSettings: Final[Any] = pydantic.create_model(
-    "OffloadModelSettings", __base__=_ServedModel, **_option_fields()
+    "OffloadModelSettings", __base__=_ServedModel, **_option_fields(), **_fairness_fields()
 )
 """The stock model settings and the options of Expertier."""
 
@@ -164,8 +174,7 @@ def create_app(server: ServerSettings, models: Sequence[ModelSettings]) -> FastA
 
     model = _loaded()
     if together is not None and model is not None:
-        fairness = Fairness.from_options(together.model_dump())
-        engine = BatchEngine.over(model, scheduling=together.scheduling, fairness=fairness)
+        engine = BatchEngine.over(model, scheduling=together.scheduling, fairness=_fairness(together))
         engine.start()
         app.state.batch_engine = engine
         stock_routes = list(app.router.routes)
@@ -185,7 +194,7 @@ def create_app(server: ServerSettings, models: Sequence[ModelSettings]) -> FastA
 
 
 def _serves_together(models: Sequence[ModelSettings]) -> Any:
-    """The model whose requests are computed together, or ``None``; what cannot be beside that is refused."""
+    """The model whose requests are computed together, or ``None``; what cannot be is refused, before any work."""
     wanted: list[Any] = [model for model in models if getattr(model, "max_sequences", 1) > 1]
     if not wanted:
         return None
@@ -200,7 +209,13 @@ def _serves_together(models: Sequence[ModelSettings]) -> Any:
     for name, asked in impossible.items():
         if asked:
             raise UnsupportedOptionError(f"max_sequences cannot be combined with {name}.", "Leave one of them out.")
+    make_batcher(model.scheduling)
+    _fairness(model)
     return model
+
+
+def _fairness(model: Any) -> Fairness:
+    return Fairness.from_options(model.model_dump())
 
 
 def _loaded() -> Llama | None:
