@@ -32,6 +32,8 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Arms]:
         whole = str(write_hf(directory / family, spec))
         sharded = str(write_hf(directory / f"{family}-sharded", HfSpec(family=family, files=3)))
         one_token = spec.top_k * 3 * 2 * spec.hidden * spec.intermediate
+        if family == "gpt_oss_bf16":  # biases are there for all experts, and count
+            one_token += spec.layers * spec.experts * 2 * (2 * spec.intermediate + spec.hidden)
         return run_arms(
             [
                 Arm(name="stock", model=whole),
