@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import os
 import statistics
 import sys
@@ -103,6 +104,7 @@ class Row:
 
     def summary(self, full: Row) -> dict[str, Any]:
         """Plain figures, against the arm with everything resident."""
+        increase = bootstrap(np.array(self.nll), np.array(self.positions, float)).map(np.expm1)
         return {
             "tokens_per_second": statistics.median(self.tokens_per_second),
             "against_all_resident": statistics.median(
@@ -110,7 +112,7 @@ class Row:
             ),
             "loads_waited_for_per_token": self.loads / self.decoded,
             "bytes_per_token": self.bytes_read / self.decoded,
-            "perplexity": bootstrap(np.array(self.nll), np.array(self.positions, float)).map(np.expm1),
+            "perplexity": increase if math.isfinite(increase.high) else None,  # too few texts say nothing
             "kl": sum(self.kl) / sum(self.positions),
             "agreement": self.agreed / sum(self.positions),
             "groups": self.tokens_per_second,
