@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,9 @@ from expertier.quality.calibration import CalibrationPlan, calibrate, check_text
 from expertier.quality.planning import BudgetedQuality
 from expertier.quality.profile import Point, QualityProfile, find_profile, merged, profile_paths
 from expertier.quality.proxy import Proxy, fit
+from expertier.quality.serving import QualityKeeper, describe_losses
 from expertier.quality.statistics import Interval
+from expertier.virtual import VirtualExperts, VirtualSettings
 from quality.sessions import TableSession
 from support.tiny_gguf import TinySpec, write_tiny
 
@@ -277,3 +280,19 @@ def test_the_proxy_says_what_the_texts_cost(measured: QualityProfile) -> None:
     for known in measured.points:
         if known.bias:
             assert measured.proxy.kl(np.array(known.substituted)) == pytest.approx(known.kl.middle, rel=0.5)
+
+
+def test_in_hard_mode_a_budget_that_is_not_covered_any_more_makes_the_model_exact_until_it_is() -> None:
+    memory = [50]
+    virtual = VirtualExperts([0], VirtualSettings(bias=math.inf))
+    keeper = QualityKeeper(ONE_PERCENT, profile_of(point(0.0, 0.005, 1.0, share=0.5, hard=True)))
+    keeper.attach(virtual, lambda: memory[0], 100, definite=True)
+    assert virtual.bias == math.inf and "lossy" in keeper.words(virtual)
+    memory[0] = 30
+    virtual.end_step()
+    assert not virtual.begin_step(1, "decode") and keeper.words(virtual).startswith("exact: ")
+    assert describe_losses(virtual, keeper)["virtual"]["bias"] == 0.0
+    memory[0] = 50
+    virtual.end_step()
+    assert virtual.begin_step(1, "decode") and "exact" not in keeper.words(virtual)
+    assert describe_losses(virtual, keeper)["virtual"]["bias"] is None
