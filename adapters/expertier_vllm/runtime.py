@@ -6,7 +6,6 @@ import contextlib
 import functools
 import logging
 import sys
-import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -24,7 +23,6 @@ from expertier.catalog.safetensors import build_catalog, content_digest, read_la
 from expertier.catalog.sidecar import sidecar_directories
 from expertier.catalog.types import LayerExperts
 from expertier.errors import (
-    BudgetError,
     ExpertierError,
     ExpertLoadError,
     ModelFormatError,
@@ -33,8 +31,6 @@ from expertier.errors import (
     UnsupportedOptionError,
 )
 from expertier.manager import Lease, ManagerConfig, OffloadManager, Phase
-from expertier.planning.governor import GovernorSettings, PressureGovernor
-from expertier.planning.memory import MemoryLimit, memory_left
 from expertier.quality.serving import describe_losses, read_quality_budget, words_of_losses
 from expertier.residency.windows import WindowPool
 from expertier.routing import AheadLoader, GainGate, Lookahead, ProfileKeeper, RoutePredictor, Span, TraceRecorder
@@ -56,6 +52,7 @@ from expertier_vllm.route_log import RouteLog
 from expertier_vllm.slots import ExpertSlots
 from expertier_vllm.stage import ExpertStage, layers_in_order
 from expertier_vllm.stand_ins import insisted, stand_in
+from expertier_vllm.worker_budget import WorkerBudget
 
 logger = logging.getLogger("expertier")
 
@@ -137,9 +134,8 @@ class Runtime:
         The checkpoint, while it loads.
     virtual : VirtualExperts or None
         Stand-ins for absent experts, where they were asked for.
-    stepping : threading.Lock
-        Held during a forward pass: the governor changes the budget between two of them, because how a pass is divided
-        depends on it.
+    budget : WorkerBudget
+        What the experts may hold; exists with the manager.
     failure : ExpertLoadError or RouterScoresError or None
         With workers in step: why this one's part of the forward pass is worthless. Whoever runs passes resets it.
     route_log : RouteLog or None
@@ -149,10 +145,11 @@ class Runtime:
     -----
     Life: layers are added while the model is built; :meth:`sources` decides at the first weight whether a sidecar is
     there; :meth:`loaded` is called for every layer, and the last one makes sidecar, pool and manager;
-    :meth:`finish_loading` checks that nothing was missed; :meth:`settle_budget` when the KV cache has its memory.
+    :meth:`finish_loading` checks that nothing was missed; :meth:`serve` when the KV cache has its memory.
     """
 
     manager: OffloadManager
+    budget: WorkerBudget
 
     def __init__(self, options: VllmOptions, facts: WorkerFacts, step_kind: Callable[[], StepKind]) -> None:
         self.facts = facts
@@ -168,15 +165,11 @@ class Runtime:
         self.failure: ExpertLoadError | RouterScoresError | None = None
         self.route_log: RouteLog | None = None
         self.virtual: VirtualExperts | None = None
-        self.stepping = threading.Lock()
-        self._pressure: PressureGovernor | None = None
         self._substituting = False
         self._exact: NDArray[np.bool_] | None = None  # tokens of the step that may not be given stand-ins
         self._slots: ExpertSlots | None = None
         self._looked = False
         self._pack: Pack | None = None
-        self._asked: int | None = None
-        self._smallest = self._largest = self._always = 0
         self._ahead: AheadLoader | None = None
         self._recording: StepRecording | None = None
         self._spans: Sequence[Span] = ()  # tokens of the forward pass that has been announced
@@ -275,14 +268,16 @@ class Runtime:
             self._make_slots(managed, pack, file)
             return
         pool = WindowPool(managed, {pack.path: file}, pack.check, packed=True)
-        self._smallest = max(layer.top_k * pool.slot_bytes(layer.layer) for layer in managed)
-        self._largest = sum(layer.experts * pool.slot_bytes(layer.layer) for layer in managed)
         for stage in self._stages:
             stage.spacing = pool.spacing[stage.layer]
-        self._always = sum(stage.resident_bytes for stage in self._stages)
-        self._asked = self._without_resident(parse_budget(offload.budget, self._largest + self._always))
-        # Until the KV cache has its memory, budget "auto" holds one layer: enough for warm-ups.
-        self._one_layer = max(layer.experts * pool.slot_bytes(layer.layer) for layer in managed)
+        self.budget = WorkerBudget(
+            offload,
+            smallest=max(layer.top_k * pool.slot_bytes(layer.layer) for layer in managed),
+            largest=sum(layer.experts * pool.slot_bytes(layer.layer) for layer in managed),
+            one_layer=max(layer.experts * pool.slot_bytes(layer.layer) for layer in managed),
+            always=sum(stage.resident_bytes for stage in self._stages),
+            sharers=self.facts.local_workers,
+        )
         settings = VirtualSettings.from_options(offload, top_k=min(stage.top_k for stage in self._stages))
         if settings is not None:
             self.virtual = VirtualExperts([stage.layer for stage in self._stages], settings)
@@ -292,7 +287,7 @@ class Runtime:
                 experts={layer.layer: layer.experts for layer in managed},
                 top_k={layer.layer: layer.top_k for layer in managed},
                 pool=pool,
-                budget=min(self._asked or self._one_layer, self._largest),
+                budget=self.budget.first,
                 config=ManagerConfig(
                     policy=policy_for(offload, self._predictor, lossy=settings is not None),
                     half_life=offload.half_life,
@@ -304,6 +299,7 @@ class Runtime:
             pool.close()
             raise
         weakref.finalize(self, self.manager.close)
+        self.budget.attach(self.manager)
         self._keep_profile()
         if offload.trace is not None and self.facts.rank == 0:
             if not self._sees_all_layers:
@@ -342,11 +338,15 @@ class Runtime:
             )
         offload = self.options.offload
         sizes = {layer.layer: layer.expert_bytes for layer in layers}
-        self._smallest = sum(layer.top_k * layer.expert_bytes for layer in layers)  # every layer has slots of its own
-        self._largest = sum(layer.total_bytes for layer in layers)
-        self._asked = parse_budget(offload.budget, self._largest)
-        host = parse_budget(str(self.options.host_budget), self._largest)
-        assert self._asked is not None and host is not None  # "auto" was refused with the options
+        total = sum(layer.total_bytes for layer in layers)
+        self.budget = WorkerBudget(
+            offload,
+            smallest=sum(layer.top_k * layer.expert_bytes for layer in layers),  # every layer has slots of its own
+            largest=total,
+            one_layer=max(layer.total_bytes for layer in layers),
+        )
+        host = parse_budget(str(self.options.host_budget), total)
+        assert host is not None and not self.budget.automatic  # "auto" was refused with the options
         self._predictor = self._open_predictor()
         self._slots = ExpertSlots(
             self._stages,
@@ -354,7 +354,7 @@ class Runtime:
             {pack.path: file},
             pack,
             device=next(self._stages[0].module.parameters(), torch.empty(0)).device,
-            device_bytes=self._asked,
+            device_bytes=self.budget.first,
             host_bytes=host,
             config=ManagerConfig(
                 policy=policy_for(offload, self._predictor, lossy=False),
@@ -365,6 +365,7 @@ class Runtime:
         )
         self.manager = self._slots.tier.manager
         weakref.finalize(self, self.manager.close)
+        self.budget.attach(self.manager, self._slots.tier.resize)
         self._keep_profile()
         self._slot = sizes
         self._last = len(self._stages) - 1
@@ -388,24 +389,6 @@ class Runtime:
             )
         return None
 
-    def _without_resident(self, budget: int | None) -> int | None:
-        """What a budget leaves to experts that come and go, after what stays resident of all of them."""
-        if budget is None or not self._always:
-            return budget
-        if budget - self._always < self._smallest:
-            raise BudgetError(
-                f"A budget of {format_bytes(budget)} cannot hold what stays resident of all experts, their scales and "
-                f"biases ({format_bytes(self._always)}), and the experts of one token "
-                f"({format_bytes(self._smallest)}).",
-                f"Give at least {format_bytes(self._always + self._smallest)}.",
-            )
-        return budget - self._always
-
-    @property
-    def automatic(self) -> bool:
-        """Whether the budget is to be what is left."""
-        return self._asked is None
-
     def finish_loading(self, norms: Mapping[int, NDArray[np.float32]]) -> None:
         """Prepare for serving when the model is complete.
 
@@ -422,8 +405,8 @@ class Runtime:
             raise ModelFormatError(f"vLLM loaded no weights for {min(self._waiting)}.", "Fetch the checkpoint again.")
         offload = self.options.offload
         if self.virtual is not None and self._quality is not None:
-            definite = self._asked is not None
-            self._quality.attach(self.virtual, lambda: self.manager.budget, self._largest, definite=definite)
+            definite = not self.budget.automatic
+            self._quality.attach(self.virtual, lambda: self.manager.budget, self.budget.largest, definite=definite)
         lookahead = self._make_lookahead(norms) if offload.lookahead != "off" else None
         self._routers.cache_clear()
         self._ahead = AheadLoader(
@@ -456,120 +439,11 @@ class Runtime:
             max(stage.top_k for stage in stages),
         )
 
-    # ---- budget
-
-    def make_room(self) -> None:
-        """Give back what earlier steps have loaded: with budget "auto" whatever comes now has the first choice."""
-        self.manager.resize(self._smallest)
-
-    def prepare_warm_up(self, promised: int) -> None:
-        """Allow steps that are only tried out a layer's experts, or as much of it as there is memory for.
-
-        Parameters
-        ----------
-        promised : int
-            As for :meth:`settle_budget`.
-
-        Raises
-        ------
-        BudgetError
-            Not even one token's experts fit.
-        """
-        self._take_what_is_left(memory_left(), promised, self._one_layer)
-
-    def settle_budget(self, promised: int = 0) -> None:
-        """Take the final budget, now that everything else has its memory.
-
-        Parameters
-        ----------
-        promised : int
-            Bytes that others have reserved and not touched yet.
-
-        Raises
-        ------
-        BudgetError
-            The machine cannot hold the budget; or, for "auto", not even one token's experts.
-        """
-        limit = memory_left()
-        if self._asked is None:
-            self._take_what_is_left(limit, promised, self._largest)
-        elif self.manager.budget > (left := self._left(limit, promised)):
-            raise BudgetError(
-                f"A budget of {format_bytes(self.manager.budget)} exceeds what {limit.source} has left for experts "
-                f"({format_bytes(max(0, left))}).",
-                "Lower the budget, or use 'auto' to take what there is.",
-            )
-        self.manager.warm_up()
-        self.manager.wait_until_filled()  # stock is ready when all experts are in memory, too
-        self._watch_pressure(limit)
+    def serve(self, promised: int = 0) -> None:
+        """Take the final budget (:meth:`WorkerBudget.settle`) and say what runs."""
+        self.budget.settle(promised)
         self._serving = True
         print(self._mode_line(), file=sys.stderr, flush=True)
-
-    def _left(self, limit: MemoryLimit, promised: int) -> int:
-        """Bytes that experts may hold in this worker."""
-        return self.manager.stats().resident_bytes + (limit.left - promised) // self.facts.local_workers
-
-    def _take_what_is_left(self, limit: MemoryLimit, promised: int, most: int) -> None:
-        amount = min(self._left(limit, promised) - self._margin(limit.left), most)
-        if amount < self._smallest:
-            raise BudgetError(
-                f"{limit.source} leaves {format_bytes(max(0, amount))} for experts, one token needs "
-                f"{format_bytes(self._smallest)}.",
-                "Raise the memory limit, or give the KV cache less (VLLM_CPU_KVCACHE_SPACE).",
-            )
-        self.manager.resize(amount)
-
-    def _margin(self, left: int) -> int:
-        margin = self.options.offload.margin
-        if margin == "auto":
-            return (64 << 20) + left // 50
-        return parse_budget(margin, left) or 0
-
-    def _watch_pressure(self, limit: MemoryLimit) -> None:
-        """Start the governor where it was asked for."""
-        if self.options.offload.governor == "off":
-            return
-        settings = GovernorSettings.usual(
-            smallest=self._smallest,
-            largest=self.manager.budget,
-            limit=limit.limit,
-            margin=self._margin(limit.left) if self.automatic else None,
-        )
-        manager, stepping = self.manager, self.stepping
-
-        def between_steps(budget: int) -> None:
-            with stepping:
-                manager.resize(budget)
-
-        self._pressure = PressureGovernor(settings, resize=between_steps, held=lambda: manager.stats().resident_bytes)
-        self._pressure.start()
-        weakref.finalize(self, self._pressure.close)
-
-    def resize(self, budget: str | int) -> int:
-        """Change the budget of a running server; returns the new one in bytes.
-
-        Raises
-        ------
-        BudgetError
-            It is not an amount, or too small; the old one stays in force.
-        """
-        asked = self._without_resident(parse_budget(budget, self._largest + self._always))
-        if asked is None:
-            held = self.manager.stats().resident_bytes
-            limit = memory_left()
-            asked = max(self._smallest, held + limit.left // self.facts.local_workers - self._margin(limit.left))
-        if self._slots is not None:
-            self._slots.tier.resize(min(asked, self._largest))
-        else:
-            self.manager.resize(min(asked, self._largest))
-        if self._pressure is not None:
-            self._pressure.ask(self.manager.budget)
-        return self.manager.budget + self._always
-
-    @property
-    def reserved(self) -> int:
-        """Bytes of the budget that experts do not hold yet."""
-        return self.manager.budget - self.manager.stats().resident_bytes
 
     # ---- what others see
 
@@ -603,7 +477,7 @@ class Runtime:
         """
         counters = self.manager.stats().as_dict()
         for name in ("budget_bytes", "resident_bytes", "peak_resident_bytes", "total_bytes"):
-            counters[name] += self._always
+            counters[name] += self.budget.always
         return {
             **counters,
             "rank": self.facts.rank,
@@ -615,7 +489,7 @@ class Runtime:
 
     def _mode_line(self) -> str:
         stats = self.manager.stats()
-        budget, total = stats.budget_bytes + self._always, stats.total_bytes + self._always
+        budget, total = stats.budget_bytes + self.budget.always, stats.total_bytes + self.budget.always
         assert self._pack is not None
         return (
             f"expertier: {self._catalog.architecture}, {self.facts.shard}, {stats.total_experts} experts of "
@@ -639,8 +513,8 @@ class Runtime:
 
     def close(self) -> None:
         """Stop I/O and give all memory back; no layer may compute any more."""
-        if self._pressure is not None:
-            self._pressure.close()
+        if hasattr(self, "budget"):
+            self.budget.close()
         if hasattr(self, "_keeper"):
             self._keeper.close()
         self.end_trace()

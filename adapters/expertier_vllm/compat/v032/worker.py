@@ -152,19 +152,19 @@ class ExpertierWorker(CPUWorker):  # type: ignore[misc]
         """Leave room for the experts that are not resident yet; an explicit size of the KV cache is left alone."""
         available = int(super().determine_available_memory())
         if self.cache_config.kv_cache_memory_bytes is None:
-            available -= self.expertier.reserved
+            available -= self.expertier.budget.reserved
         return available
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
-        if self.expertier.automatic:
-            self.expertier.make_room()
+        if self.expertier.budget.automatic:
+            self.expertier.budget.make_room()
         before = process_memory().untouched
         super().initialize_from_config(kv_cache_config)
         promised = max(0, process_memory().untouched - before)
-        if self.expertier.automatic:
-            self.expertier.prepare_warm_up(promised)
+        if self.expertier.budget.automatic:
+            self.expertier.budget.prepare_warm_up(promised)
             promised += self._step_memory()
-        self.expertier.settle_budget(promised)
+        self.expertier.serve(promised)
         self._reporter = Reporter(Board(self.vllm_config.instance_id), self.expertier.stats)
         self._reporter.start()
 
@@ -195,7 +195,7 @@ class ExpertierWorker(CPUWorker):  # type: ignore[misc]
         self._step_tokens = scheduler_output.total_num_scheduled_tokens
         problem = None
         try:
-            with self.expertier.stepping:
+            with self.expertier.budget.stepping:
                 output = super().execute_model(scheduler_output)
             if self.expertier.facts.in_step and self._step_tokens:
                 failure = self.expertier.failure
@@ -257,7 +257,7 @@ class ExpertierWorker(CPUWorker):  # type: ignore[misc]
             ``budget_bytes``, or ``error`` with its ``type``, ``problem`` and ``remedy``: as an exception, a refusal
             would reach the caller as a line of text inside another one.
         """
-        return _answered(lambda: {"budget_bytes": self.expertier.resize(budget)})
+        return _answered(lambda: {"budget_bytes": self.expertier.budget.resize(budget)})
 
 
 def _answered(call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
