@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("EXPERTIER_PROFILE", "off")
 
 import numpy as np
+from numpy.typing import NDArray
 
 from expertier.comparison.hardware import describe_hardware
 from expertier.comparison.prompts import read_texts
@@ -32,9 +34,11 @@ ARMS: dict[str, dict[str, Any]] = {
 _WARM_UP = 32  # steps of every arm
 
 
-def summary(seconds: list[float]) -> dict[str, float]:
+def summary(seconds: Sequence[float] | NDArray[np.float64]) -> dict[str, float]:
     """Median and tail in milliseconds."""
     took = 1e3 * np.array(seconds)
+    if not took.size:
+        return {"steps": 0}
     median = float(np.median(took))
     quantiles = {f"p{100 * q:g}": float(np.quantile(took, q)) for q in (0.95, 0.99, 1.0)}
     return {"steps": len(took), "median_ms": median, **quantiles, "p99_over_median": quantiles["p99"] / median}
@@ -67,21 +71,26 @@ def main() -> None:
     texts = [texts[-1 - place] for place in range(options.texts) for texts in by_domain.values() if place < len(texts)]
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     by_text: list[dict[str, float]] = []
+    swapping: list[bool] = []
     for text in texts[: options.texts]:
         ids = arms["hard"].tokenize(text.encode()[: 16 * options.tokens], add_bos=False)[: options.tokens]
         medians = {}
         for name, llama in arms.items():
             llama.reset()
-            took = []
+            times = []
             for token in ids:
+                if name == "hard":
+                    swapping.append(llama.offload.swapping)
                 started = time.perf_counter()
                 llama.eval([token])
-                took.append(time.perf_counter() - started)
-            seconds[name] += took
-            medians[name] = float(np.quantile(took, 0.99) / np.median(took))
+                times.append(time.perf_counter() - started)
+            seconds[name] += times
+            medians[name] = float(np.quantile(times, 0.99) / np.median(times))
         by_text.append(medians)
     stats = arms["hard"].offload.stats()
     steps = len(seconds["hard"])
+    busy = np.array(swapping[_WARM_UP:])
+    took = np.array(seconds["hard"][_WARM_UP:])
     record = {
         "hardware": asdict(describe_hardware(options.model)),
         "model": options.model.name,
@@ -89,6 +98,8 @@ def main() -> None:
         "threads": options.threads,
         "arms": {name: summary(took[_WARM_UP:]) for name, took in seconds.items()},
         "p99_over_median_by_text": by_text,
+        "hard, begun during a swap": summary(took[busy]),
+        "hard, begun without": summary(took[~busy]),
         "swaps_per_step": stats.swaps / steps,
         "misses": stats.decode.misses,
         "stall_seconds": stats.decode.stall_seconds,
