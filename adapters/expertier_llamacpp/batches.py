@@ -74,6 +74,8 @@ class BatchTokens:
         count, positions, ids = self.count, self.positions, self.token_ids
         if positions is None or not self._batch.seq_id:
             return [Span(key=None, position=0, tokens=None)] * count
+        if count == 1:
+            return [Span(key=self.sequences[0], position=int(positions[0]), tokens=ids)]
         sequences = np.array(self.sequences)
         cuts = (np.flatnonzero((np.diff(sequences) != 0) | (np.diff(positions) != 1)) + 1).tolist()
         return [

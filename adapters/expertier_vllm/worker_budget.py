@@ -32,6 +32,8 @@ class WorkerBudget:
 
     Attributes
     ----------
+    largest, always : int
+        As given.
     stepping : threading.Lock
         Held during a forward pass: the governor changes the budget between two of them, because how a pass is divided
         depends on it.
@@ -47,12 +49,12 @@ class WorkerBudget:
     ) -> None:
         self._options = options
         self._smallest = smallest
-        self._largest = largest
         self._one_layer = one_layer
         self._sharers = sharers
         self._pressure: PressureGovernor | None = None
         self._resize: Callable[[int], None]
         self._manager: OffloadManager
+        self.largest = largest
         self.always = always
         self._asked = self._without_resident(parse_budget(options.budget, largest + always))
         self.stepping = threading.Lock()
@@ -63,14 +65,9 @@ class WorkerBudget:
         return self._asked is None
 
     @property
-    def largest(self) -> int:
-        """Bytes of all experts that come and go."""
-        return self._largest
-
-    @property
     def first(self) -> int:
         """What the manager begins with."""
-        return min(self._asked or self._one_layer, self._largest)
+        return min(self._asked or self._one_layer, self.largest)
 
     @property
     def reserved(self) -> int:
@@ -116,7 +113,7 @@ class WorkerBudget:
         """
         limit = memory_left()
         if self._asked is None:
-            self._take_what_is_left(limit, promised, self._largest)
+            self._take_what_is_left(limit, promised, self.largest)
         elif self._manager.budget > (left := self._left(limit, promised)):
             raise BudgetError(
                 f"A budget of {format_bytes(self._manager.budget)} exceeds what {limit.source} has left for experts "
@@ -135,11 +132,11 @@ class WorkerBudget:
         BudgetError
             It is not an amount, or too small; the old one stays in force.
         """
-        asked = self._without_resident(parse_budget(budget, self._largest + self.always))
+        asked = self._without_resident(parse_budget(budget, self.largest + self.always))
         if asked is None:
             limit = memory_left()
             asked = max(self._smallest, self._left(limit, 0) - self._margin(limit.left))
-        self._resize(min(asked, self._largest))
+        self._resize(min(asked, self.largest))
         if self._pressure is not None:
             self._pressure.ask(self._manager.budget)
         return self._manager.budget + self.always

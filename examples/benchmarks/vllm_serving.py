@@ -42,6 +42,9 @@ from expertier.comparison.limits import find_confinement
 from expertier.comparison.page_cache import drop_caches
 from expertier.comparison.prompts import load_texts
 
+sys.path.insert(0, str(Path(__file__).parent))
+from servers import ended
+
 _PATIENCE = 900  # seconds until a server must be ready
 console = Console(stderr=True)
 
@@ -116,18 +119,8 @@ def server(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
     environment.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would win over --cache
     with log.open("wb") as out:
         process = subprocess.Popen(command, stdout=out, stderr=out, env=environment, start_new_session=True)
-    try:
+    with ended(process):
         yield process
-    finally:
-        with contextlib.suppress(psutil.Error):
-            everyone = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-            for one in everyone:
-                with contextlib.suppress(psutil.Error):
-                    one.terminate()
-            for one in psutil.wait_procs(everyone, timeout=20)[1]:
-                with contextlib.suppress(psutil.Error):
-                    one.kill()
-        process.wait()
 
 
 def wait_until_ready(client: openai.OpenAI, process: subprocess.Popen[bytes]) -> bool:

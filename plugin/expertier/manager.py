@@ -1011,6 +1011,12 @@ class OffloadManager:
                 resident |= state == _LOADING
         return resident
 
+    @property
+    def under_way(self) -> int:
+        """Loads ahead of need that have begun and that no lease has claimed."""
+        with self._lock:
+            return int(self._unclaimed().sum()) if self._requests else 0
+
     def outlook(self) -> tuple[NDArray[np.bool_], int]:
         """What loading ahead goes by, for all layers at once.
 
@@ -1024,7 +1030,7 @@ class OffloadManager:
         with self._lock:
             state = self._state
             absent = (state == _ABSENT) | (state == _SPARE)
-            under_way = int(self._unclaimed().sum()) if self._requests else 0
+            under_way = self.under_way
         if self._even:
             return absent.reshape(len(self._layers), -1), under_way
         table = np.zeros((len(self._layers), max(self._experts.values())), bool)

@@ -30,10 +30,12 @@ from typing import Any
 
 import httpx
 import openai
-import psutil
 
 from expertier.comparison.hardware import describe_hardware
 from expertier.comparison.prompts import load_texts
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from servers import ended
 
 _PATIENCE = 300  # seconds until a server must be ready
 
@@ -71,7 +73,7 @@ def server(engine: str, model: Path, clients: int, log: Path) -> Iterator[str]:
         process = subprocess.Popen(
             command(engine, model, port, clients), stdout=out, stderr=out, env=environment, start_new_session=True
         )
-    try:
+    with ended(process):
         deadline = time.monotonic() + _PATIENCE
         while True:
             with contextlib.suppress(httpx.HTTPError):
@@ -81,16 +83,6 @@ def server(engine: str, model: Path, clients: int, log: Path) -> Iterator[str]:
                 raise SystemExit(log.read_text()[-4000:])
             time.sleep(0.2)
         yield f"http://127.0.0.1:{port}"
-    finally:
-        with contextlib.suppress(psutil.Error):
-            everyone = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-            for one in everyone:
-                with contextlib.suppress(psutil.Error):
-                    one.terminate()
-            for one in psutil.wait_procs(everyone, timeout=20)[1]:
-                with contextlib.suppress(psutil.Error):
-                    one.kill()
-        process.wait()
 
 
 @dataclass

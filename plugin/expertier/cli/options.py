@@ -9,7 +9,7 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -76,11 +76,8 @@ def refuse_beside(flag: str, **others: Any) -> None:
     UnsupportedOptionError
         With the first of them.
     """
-    for name, value in others.items():
-        if value is not None:
-            raise UnsupportedOptionError(
-                f"{flag} cannot be combined with --{name.replace('_', '-')}.", "Leave one of them out."
-            )
+    if given := _first_given(others):
+        raise UnsupportedOptionError(f"{flag} cannot be combined with {given}.", "Leave one of them out.")
 
 
 def refuse_without(flag: str, **others: Any) -> None:
@@ -91,9 +88,12 @@ def refuse_without(flag: str, **others: Any) -> None:
     UnsupportedOptionError
         With the first of them.
     """
-    for name, value in others.items():
-        if value is not None:
-            raise UnsupportedOptionError(f"--{name.replace('_', '-')} needs {flag}.", f"Add {flag}, or leave it out.")
+    if given := _first_given(others):
+        raise UnsupportedOptionError(f"{given} needs {flag}.", f"Add {flag}, or leave it out.")
+
+
+def _first_given(flags: Mapping[str, Any]) -> str | None:
+    return next((f"--{name.replace('_', '-')}" for name, value in flags.items() if value is not None), None)
 
 
 def _flag_type(hint: Any) -> Any:

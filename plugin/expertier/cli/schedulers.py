@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from expertier.catalog import read_catalog
 from expertier.cli.engines import EngineSettings, get_adapter
 from expertier.cli.folder import prepare_folder
-from expertier.cli.traffic import RECORD, check_load, read_span, show_traffic
+from expertier.cli.traffic import RECORD, read_plan, show_traffic
 from expertier.comparison.prompts import find_texts
 from expertier.comparison.schedulers import SchedulerComparison
 from expertier.comparison.traffic import read_request_log
@@ -46,12 +46,7 @@ def compare_schedulers(request: SchedulersRequest) -> None:
     arms = check_arms(request.arms, REAL_ARMS)
     adapter = get_adapter(request.engine)
     catalog = read_catalog(request.model)
-    plan = replace(
-        request.plan,
-        prompt=read_span("--prompt", request.prompt),
-        output=read_span("--output", request.output),
-        load=check_load(request.load),
-    )
+    plan = read_plan(request.plan, prompt=request.prompt, output=request.output, load=request.load)
     options = request.options
     if options.budget == "auto":  # where everything fits there is nothing to schedule for
         options = replace(options, budget=_USUAL_BUDGET)
@@ -80,13 +75,12 @@ def compare_schedulers(request: SchedulersRequest) -> None:
                     number,
                     lambda arm, b=batch, n=number: _say(f"batch {b}, round {n + 1}: {arm}"),  # type: ignore[misc]
                 )
-                settled = {name: value for name, value in asdict(plan).items() if name not in ("batch", "budget")}
                 shares = {"budget_bytes": stats.budget_bytes, "share": stats.budget_bytes / stats.total_bytes}
                 record = TrafficRecord(
                     trace="",
                     model=catalog.path.name,
                     fingerprint=catalog.fingerprint,
-                    plan={**settled, "budget": str(options.budget), **shares, "texts": source},
+                    plan={**plan.common(), "budget": str(options.budget), **shares, "texts": source},
                     timing=None,
                     timing_source=f"by the clock in {adapter.engine}",
                     token_seconds=0.0,

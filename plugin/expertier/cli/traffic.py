@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -48,12 +48,7 @@ class TrafficRequest:
 def traffic(request: TrafficRequest) -> None:
     """Serve recorded requests under every arm, write record and figure, print the table."""
     arms = check_arms(request.arms)
-    plan = replace(
-        request.plan,
-        prompt=read_span("--prompt", request.prompt),
-        output=read_span("--output", request.output),
-        load=check_load(request.load),
-    )
+    plan = read_plan(request.plan, prompt=request.prompt, output=request.output, load=request.load)
     trace = read_trace(request.trace, partial=request.partial)
     total = trace.header.total_bytes
     budget = parse_budget(request.budget, total)
@@ -80,12 +75,11 @@ def traffic(request: TrafficRequest) -> None:
         for batch in request.batches:
             for seed in range(request.repeats):
                 runs += simulator.run(replace(plan, batch=batch, budget=min(budget, total)), arms, seed, seen)
-    settings = {name: value for name, value in asdict(plan).items() if name not in ("batch", "budget")}
     record = TrafficRecord(
         trace=request.trace.name,
         model=trace.header.model or trace.header.architecture,
         fingerprint=trace.header.fingerprint,
-        plan={**settings, "budget": request.budget, "budget_bytes": budget, "share": budget / total},
+        plan={**plan.common(), "budget": request.budget, "budget_bytes": budget, "share": budget / total},
         timing=timing,
         timing_source=source,
         token_seconds=request.token_ms / 1e3,
@@ -104,7 +98,23 @@ def show_traffic(record: TrafficRecord, out: Path, *, as_json: bool) -> None:
         _print(record, out)
 
 
-def read_span(flag: str, text: str) -> tuple[int, int]:
+def read_plan(plan: TrafficPlan, *, prompt: str, output: str, load: str | None) -> TrafficPlan:
+    """Complete a plan with what was given as text.
+
+    Raises
+    ------
+    UnsupportedOptionError
+        Some of it makes no sense.
+    """
+    return replace(
+        plan,
+        prompt=_read_span("--prompt", prompt),
+        output=_read_span("--output", output),
+        load=_check_load(load),
+    )
+
+
+def _read_span(flag: str, text: str) -> tuple[int, int]:
     """Read ``least:most`` tokens, or one number for both.
 
     Raises
@@ -122,7 +132,7 @@ def read_span(flag: str, text: str) -> tuple[int, int]:
     return span
 
 
-def check_load(text: str | None) -> float | None:
+def _check_load(text: str | None) -> float | None:
     """Read a part of what can be served: ``70%`` or ``0.7``.
 
     Raises

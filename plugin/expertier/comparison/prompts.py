@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sysconfig
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,12 +98,15 @@ def find_texts(given: Sequence[Path], model: Path) -> tuple[str, list[Text]]:
 
 def interleaved(texts: Sequence[Text]) -> list[Text]:
     """One text of every domain first, then the second ones: whoever stops early has seen all kinds."""
-    seen: dict[str, int] = {}
-    ranked = []
+    return [text for _, text in sorted(numbered_by_domain(texts), key=lambda pair: pair[0])]
+
+
+def numbered_by_domain(texts: Sequence[Text]) -> Iterator[tuple[int, Text]]:
+    """Yield every text with how many of its domain came before it."""
+    seen: Counter[str] = Counter()
     for text in texts:
-        ranked.append((seen.setdefault(text.domain, 0), text))
+        yield seen[text.domain], text
         seen[text.domain] += 1
-    return [text for _, text in sorted(ranked, key=lambda pair: pair[0])]
 
 
 def read_texts(path: Path) -> list[Text]:

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-from expertier.comparison.prompts import Text
+from expertier.comparison.prompts import Text, numbered_by_domain
 from expertier.comparison.traffic import Ask, mixed_requests
 from expertier.scheduling import CONTROL, ORACLE, Admission, AdmissionStats, KnownDomains, PathBook, Worth, make_batcher
 from expertier.scheduling.arrivals import Arrivals, poisson_seconds
@@ -214,9 +214,6 @@ class SchedulerComparison:
 def _halves(texts: Sequence[Text]) -> tuple[list[Text], list[Text]]:
     """Every second text of each domain, and the others."""
     halves: tuple[list[Text], list[Text]] = ([], [])
-    seen: dict[str, int] = {}
-    for text in texts:
-        place = seen.setdefault(text.domain, 0)
-        halves[place % 2].append(text)
-        seen[text.domain] += 1
+    for number, text in numbered_by_domain(texts):
+        halves[number % 2].append(text)
     return halves[0], halves[1] or halves[0]

@@ -47,6 +47,10 @@ class Loader(Prefetcher, Protocol):
     def bytes_read(self) -> int:
         """Bytes of all loads so far."""
 
+    @property
+    def under_way(self) -> int:
+        """Loads ahead of need that have begun and that nobody has waited for."""
+
     def resident(self, layer: int) -> NDArray[np.bool_]:
         """Which experts of a layer are resident, shape ``(experts,)``."""
 
@@ -281,7 +285,7 @@ class AheadLoader:
     def _look_ahead(self, layer: int, following: int, routes: NDArray[np.int64], gate_input: GateInput) -> None:
         assert self._lookahead is not None
         limit = min(self._ahead * len(routes), self._most)
-        if self._predicted and self._manager.outlook()[1] >= limit:
+        if self._predicted and self._manager.under_way >= limit:
             return
         resident = self._manager.resident(following)
         if resident.all():

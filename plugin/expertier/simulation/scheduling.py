@@ -66,6 +66,10 @@ class TrafficPlan:
     budget: int
     step_tokens: int = 512
 
+    def common(self) -> dict[str, Any]:
+        """What all runs of a record have in common: everything but batch and budget."""
+        return {name: value for name, value in asdict(self).items() if name not in ("batch", "budget")}
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrafficRun:
