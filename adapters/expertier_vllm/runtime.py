@@ -40,6 +40,7 @@ from expertier.storage import StorageFile
 from expertier.virtual import VirtualExperts, VirtualSettings
 from expertier_vllm.checkpoint import CheckpointFiles, SourceReader
 from expertier_vllm.grouping import token_groups
+from expertier_vllm.halves import compute_in_halves
 from expertier_vllm.loading import (
     announce,
     find_sidecar,
@@ -657,6 +658,9 @@ class Runtime:
             return output
         with self.manager.acquire(stage.layer, routes, wait=False) as lease:
             self._load_ahead(stage, x, routes)
+            if self._substituting and (late := ~self.manager.resident(stage.layer)[routes]).any():
+                compute = stage.module.compute_resident
+                return compute_in_halves(compute, x, weights, ids, late, self._exact, lease.wait)
             lease.wait()
             output = stage.module.compute_resident(x, weights, ids)
         return output

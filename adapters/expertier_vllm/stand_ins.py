@@ -15,11 +15,16 @@ from expertier.virtual.selection import choose_together
 class RouterScoring(Protocol):
     """A router's arithmetic, for experts it did not choose itself."""
 
-    def probabilities(self, logits: torch.Tensor) -> NDArray[np.float32]:
-        """Gate weights of all experts before renormalisation and scaling, shape ``(tokens, experts)``."""
+    def scores(self, logits: torch.Tensor) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Score all experts.
 
-    def ranking(self, logits: torch.Tensor) -> NDArray[np.float32]:
-        """What experts are ranked by, on the same scale; ``-inf`` for those it may not choose."""
+        Returns
+        -------
+        ranking : ndarray of float32, shape (tokens, experts)
+            What experts are ranked by, on the scale of gate weights; ``-inf`` for those it may not choose.
+        probabilities : ndarray of float32, shape (tokens, experts)
+            Gate weights before renormalisation and scaling.
+        """
 
     def weights(self, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """The router's own weights of any experts, shape of `ids`."""
@@ -70,18 +75,19 @@ def stand_in(
     if resident[routes].all():
         virtual.count(layer, routes)
         return weights, ids
-    asked = logits if tokens is None else logits[torch.from_numpy(tokens)]
-    ranking = scoring.ranking(asked)
+    ranking, probabilities = scoring.scores(logits if tokens is None else logits[torch.from_numpy(tokens)])
     rows = np.arange(len(routes))[:, None]
     best_first = np.argsort(-ranking[rows, routes], axis=1, kind="stable")
     ordered = routes[rows, best_first]
-    plain = scoring.probabilities(asked)[rows, ordered]
-    chosen = virtual.choose(layer, ordered, resident, lambda: (ranking, plain))
+    chosen = virtual.choose(layer, ordered, resident, lambda: (ranking, probabilities[rows, ordered]))
     if chosen is ordered:
         return weights, ids
     placed = np.empty_like(routes)
     placed[rows, best_first] = chosen
     changed = np.flatnonzero((placed != routes).any(axis=1))
+    if len(changed) == len(ids):
+        new_ids = torch.from_numpy(placed).to(ids.dtype)
+        return scoring.weights(logits, new_ids).to(weights.dtype), new_ids
     of_changed = torch.from_numpy(changed if tokens is None else tokens[changed])
     new_ids, new_weights = ids.clone(), weights.clone()
     new_ids[of_changed] = torch.from_numpy(placed[changed]).to(ids.dtype)
@@ -112,12 +118,11 @@ def insisted(
     -------
     ndarray of int64, shape (n,)
     """
-    guess = torch.from_numpy(logits)
-    ranking = scoring.ranking(guess)
+    ranking, probabilities = scoring.scores(torch.from_numpy(logits))
     routes = top_experts(ranking, top_k)
     needed = routes
     if not resident[routes].all():
-        plain = np.take_along_axis(scoring.probabilities(guess), routes, axis=1)
+        plain = probabilities[np.arange(len(routes))[:, None], routes]
         settings = virtual.settings
         needed = choose_together(ranking, resident, routes, plain, bias=virtual.bias, protect=settings.protect)
     if exact is not None:

@@ -66,25 +66,50 @@ def choose(
     absent[:, :protect] = False
     if bias == 0 or not absent.any():
         return routes
+    if len(routes) == 1:
+        return _choose_for_one(scores[0], resident, routes[0], weights[0], absent[0], bias)[None]
     rows = np.arange(len(scores))[:, None]
     candidates = np.where(resident, scores, -np.inf)
     candidates[rows, routes] = -np.inf
-    most = min(routes.shape[1], candidates.shape[1])
-    best = np.argpartition(candidates, -most, axis=1)[:, -most:]
-    best = best[rows, candidates[rows, best].argsort(axis=1, kind="stable")[:, ::-1]]
+    best = top_experts(candidates, routes.shape[1])
     # The worst absent expert meets the best candidate, the second worst the second best, and so on.
     stand_in = best[rows, absent[:, ::-1].cumsum(axis=1)[:, ::-1] - 1]
     offered = candidates[rows, stand_in]
     replaced = absent & (offered > -np.inf)
     if bias == np.inf:
         if (absent & ~replaced).any():
-            raise VirtualExpertsError(
-                f"Only {int(resident.sum())} experts are resident where a token needs {routes.shape[1]}.",
-                "Raise the budget, or use a finite bias.",
-            )
+            raise _too_few(resident, routes.shape[1])
     else:
         replaced &= offered + bias * weights.sum(axis=1, keepdims=True) > scores[rows, routes]
     return np.where(replaced, stand_in, routes)
+
+
+def _choose_for_one(
+    scores: Floats, resident: Bools, routes: IntArray, weights: Floats, absent: Bools, bias: float
+) -> IntArray:
+    """What :func:`choose` does, of one token in a quarter of the time: nearly all of that is calls of numpy."""
+    candidates = np.where(resident, scores, -np.inf)
+    candidates[routes] = -np.inf
+    worth = bias * weights.sum() if bias != np.inf else np.inf
+    chosen = routes.copy()
+    for place in np.flatnonzero(absent)[::-1].tolist():
+        best = candidates.argmax()
+        offered = candidates[best]
+        if offered == -np.inf:
+            if bias == np.inf:
+                raise _too_few(resident, len(routes))
+            break
+        candidates[best] = -np.inf
+        if offered + worth > scores[chosen[place]]:
+            chosen[place] = best
+    return chosen
+
+
+def _too_few(resident: Bools, top_k: int) -> VirtualExpertsError:
+    return VirtualExpertsError(
+        f"Only {int(resident.sum())} experts are resident where a token needs {top_k}.",
+        "Raise the budget, or use a finite bias.",
+    )
 
 
 def choose_together(

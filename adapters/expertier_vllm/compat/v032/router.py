@@ -81,26 +81,26 @@ class Scoring:
     def __init__(self, router: CPURouter) -> None:
         self._router = router
 
-    def probabilities(self, logits: torch.Tensor) -> NDArray[np.float32]:
-        """Gate weights of all experts before renormalisation and scaling, shape ``(tokens, experts)``."""
-        found: NDArray[np.float32] = self._scores(logits).numpy()
-        return found
-
-    def ranking(self, logits: torch.Tensor) -> NDArray[np.float32]:
-        """What experts are ranked by: the same with the correction, ``-inf`` in closed groups."""
+    def scores(self, logits: torch.Tensor) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """What experts are ranked by, ``-inf`` in closed groups, and their gate weights before renormalisation."""
         router = self._router
-        scores, bias = self._scores(logits), router.e_score_correction_bias
+        given: NDArray[np.float32] = logits.float().numpy()
+        # Not torch's, which wakes all threads for sixteen rows of a softmax.
+        if router.scoring_func == "sigmoid":
+            plain = 0.5 + 0.5 * np.tanh(0.5 * given)  # cannot overflow
+        else:
+            plain = np.exp(given - given.max(axis=1, keepdims=True))
+            plain /= plain.sum(axis=1, keepdims=True)
         if not router.use_grouped_topk:
-            ranked: NDArray[np.float32] = scores.numpy()
-            return ranked
-        if bias is not None:
-            scores = scores + bias.unsqueeze(0)
-        return close_groups(
-            scores.numpy(),
+            return plain, plain
+        correction = router.e_score_correction_bias
+        ranking = close_groups(
+            plain if correction is None else plain + correction.float().numpy(),
             groups=router.num_expert_group,
             kept=router.topk_group,
-            rank_by="max" if bias is None else "top2",
+            rank_by="max" if correction is None else "top2",
         )
+        return ranking, plain
 
     def _scores(self, logits: torch.Tensor) -> torch.Tensor:
         logits = logits.float()
