@@ -36,7 +36,8 @@ class VllmOptions:
         Who of the waiting requests joins: a key of :data:`expertier.scheduling.BATCHERS`. ``None`` is vLLM's order, or
         ``similarity`` where ``--scheduler-cls`` names ``expertier_vllm.RegroupingScheduler``.
     fairness : Fairness
-        How far that may set a request back: ``fairness_overtaken``, ``fairness_steps`` and ``fairness_seconds``.
+        How far that may set a request back: ``fairness_overtaken``, ``fairness_steps``,
+        ``fairness_held`` and ``fairness_seconds``.
     """
 
     offload: OffloadOptions = field(default_factory=OffloadOptions)

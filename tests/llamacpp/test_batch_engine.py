@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from expertier.scheduling import BATCHERS
 from expertier.storage import StorageFile
 from expertier_llamacpp import BatchEngine
 from expertier_llamacpp.batch import Output, Request, Sampling
+from expertier_llamacpp.batch.sampling import make_sampler
 from llamacpp.engines import SETTINGS, closing, expertier, sizes
 from llamacpp.stock_batches import record, replay, stock_context
 from support.tiny_gguf import TinySpec, write_tiny
@@ -225,6 +227,46 @@ def test_every_scheduler_answers_everybody_with_the_same_tokens_as_first_come_fi
     assert [output.tokens for output in outputs] == [
         output.tokens for output in finished(alone.generate(prompts, max_tokens=4, temperature=0))
     ]
+
+
+def test_places_that_stay_empty_until_two_are_free_change_no_tokens_and_join_prompts(load: Load) -> None:
+    prompts = [[number] * 20 for number in range(12)]
+    options: Any = {"max_tokens": 6, "temperature": 0, "logit_bias": ENDLESS}
+    requests = [Request(prompt=prompt, max_tokens=4 + number) for number, prompt in enumerate(prompts)]
+    tokens, prompt_steps = [], []
+    for together in (1, 2):
+        engine = load(max_sequences=4, scheduling="similarity", expert_budget=None)
+        engine.admission.together.size = lambda places, size=together: size  # type: ignore[method-assign, misc]
+        asked = [replace(request, sampling=Sampling(temperature=0, logit_bias=ENDLESS)) for request in requests]
+        tokens.append({output.index: len(output.tokens) for output in finished(engine.generate(asked, **options))})
+        prompt_steps.append(engine.offload.stats().prefill.steps)
+        assert (engine.admission.stats.held > 0) == (together > 1)
+    assert tokens[0] == tokens[1] == {number: 4 + number for number in range(12)}
+    assert prompt_steps[1] < prompt_steps[0]
+
+
+def test_nobody_waits_with_an_empty_place_for_requests_that_want_no_tokens(load: Load) -> None:
+    class Full:
+        paused = False
+
+        def token(self, token: int) -> None:
+            self.paused = True
+
+        def end(self, reason: Any, error: Any) -> None:
+            pass
+
+    engine = load(max_sequences=2, scheduling="similarity")
+    engine.admission.together.size = lambda places: 2  # type: ignore[method-assign]
+    sampler = make_sampler(engine.llama, Sampling(temperature=0, logit_bias=ENDLESS))
+    engine.submit_tokens([1, 2], sampler, Full())  # type: ignore[arg-type]
+    while engine.step():
+        pass
+    told: list[Output] = []
+    for _ in range(3):
+        engine.submit(Request(prompt="abc", max_tokens=2), told.append, stream=False)
+    while engine.step():
+        pass
+    assert len(told) == 3
 
 
 def test_a_scheduler_learns_the_routes_of_every_token(load: Load) -> None:

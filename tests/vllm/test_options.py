@@ -54,7 +54,7 @@ def test_a_key_like_nothing_known_is_refused_with_the_list() -> None:
     with pytest.raises(UnsupportedOptionError) as caught:
         VllmOptions.from_additional_config({"expertier": {"zzz": 1}})
     assert "Did you mean" not in str(caught.value)
-    assert "budget, budget_endpoint, config, fairness_overtaken, fairness_seconds" in str(caught.value)
+    assert "budget, budget_endpoint, config, fairness_held, fairness_overtaken, fairness_seconds" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,15 @@ def behaviour(model: str) -> dict[str, Any]:
         found["overtakes"] = scheduler.admission.stats.overtakes
         found["resident told"] = float(scheduler._resident.mean())
 
+        # Places stay empty until two are free.
+        scheduler.admission.together.size = lambda places: 2
+        joined = scheduler.admission.stats.joined
+        found["in pairs"] = drive(llm, burst, {})[0]
+        found["joined in pairs"] = scheduler.admission.stats.joined - joined
+        found["held"] = scheduler.admission.stats.held
+        found["in pairs, cancelled"] = drive(llm, burst, {3: lambda: llm.llm_engine.abort_request(list(burst))})[0]
+        del scheduler.admission.together.size
+
         # Cancelled while they wait and while they run, as when a client disconnects.
         def cancel() -> None:
             llm.llm_engine.abort_request(["17", "0"])
@@ -142,6 +151,12 @@ class TestInVllm:
 
     def test_every_request_joins_once(self, found: Any) -> None:
         assert found["joined"] == REQUESTS
+
+    def test_places_that_stay_empty_until_two_are_free_change_nobodys_tokens(self, found: Any) -> None:
+        assert found["held"] > 0
+        assert found["in pairs"] == found["burst"]
+        assert found["joined in pairs"] == REQUESTS
+        assert all(len(tokens) < 6 for tokens in found["in pairs, cancelled"].values())
 
     def test_requests_that_clients_left_do_not_disturb_the_others(self, found: Any) -> None:
         others = {str(index): tokens for index, tokens in enumerate(found["alone"]) if index not in (0, 17)}

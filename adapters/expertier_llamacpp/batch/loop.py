@@ -155,10 +155,13 @@ class StepLoop:
                 self._admission.arrive(sequence.number, sequence.tokens, priority=sequence.priority)
         if not self._waiting or len(self._running) >= self.max_sequences:
             return
+        room = self.max_sequences - len(self._running)
+        if any(not sequence.paused for sequence in self._running) and self._admission.holds(room):
+            return  # whoever runs goes on, so that a place will be free
         resident = None
         if self._admission.compares:
             resident = resident_experts(self._manager, self._layers, self._width)
-        for number in self._admission.propose(self.max_sequences - len(self._running), resident=resident):
+        for number in self._admission.propose(room, resident=resident):
             sequence = self._waiting[number]  # type: ignore[index]
             if self._running:
                 promised = sum(item.missing for item in self._running) + _SPARE_CELLS * (len(self._running) + 1)

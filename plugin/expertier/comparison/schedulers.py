@@ -12,7 +12,17 @@ import numpy as np
 
 from expertier.comparison.prompts import Text, numbered_by_domain
 from expertier.comparison.traffic import Ask, mixed_requests
-from expertier.scheduling import CONTROL, ORACLE, Admission, AdmissionStats, KnownDomains, PathBook, Worth, make_batcher
+from expertier.scheduling import (
+    CONTROL,
+    ORACLE,
+    Admission,
+    AdmissionStats,
+    KnownDomains,
+    PathBook,
+    Together,
+    Worth,
+    make_batcher,
+)
 from expertier.scheduling.arrivals import Arrivals, poisson_seconds
 from expertier.simulation.scheduling import TrafficPlan, TrafficRun
 from expertier.simulation.traffic import Served
@@ -201,7 +211,7 @@ class SchedulerComparison:
 
     def _serve(self, queue: Queue, arm: str) -> Served:
         admission = self._server.admission
-        admission.stats = AdmissionStats()
+        admission.stats, admission.together = AdmissionStats(), Together()
         if arm == ORACLE:
             admission.batcher, admission.worth = make_batcher("similarity"), Worth("on")
             admission.book = KnownDomains([ask.domain for ask in queue.asks], self._server.number)

@@ -6,6 +6,7 @@ from expertier.scheduling.domains import ORACLE, KnownDomains
 from expertier.scheduling.fairness import Fairness
 from expertier.scheduling.paths import PathBook, resident_experts
 from expertier.scheduling.registry import BATCHERS, CONTROL, make_batcher
+from expertier.scheduling.together import Together
 from expertier.scheduling.worth import Worth
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "KnownDomains",
     "PathBook",
     "Round",
+    "Together",
     "Worth",
     "make_batcher",
     "resident_experts",

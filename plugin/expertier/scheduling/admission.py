@@ -15,6 +15,7 @@ from expertier.scheduling.base import Batcher, Round
 from expertier.scheduling.fairness import Fairness
 from expertier.scheduling.fcfs import FirstCome
 from expertier.scheduling.paths import MOST_PROMPT, PathBook
+from expertier.scheduling.together import Together
 from expertier.scheduling.worth import LEAST_GAIN, Worth
 
 logger = logging.getLogger("expertier")
@@ -52,6 +53,8 @@ class AdmissionStats:
         The same, of the request that was overtaken most.
     forced : int
         Times a limit of fairness decided.
+    held : int
+        Steps for which a place stayed empty, so that prompts were computed together.
     failures : int
         Times the batcher failed.
     """
@@ -60,6 +63,7 @@ class AdmissionStats:
     overtakes: int = 0
     most_overtaken: int = 0
     forced: int = 0
+    held: int = 0
     failures: int = 0
 
 
@@ -99,11 +103,13 @@ class Admission:
         self.book = book
         self.fairness = fairness or Fairness()
         self.worth = worth or Worth()
+        self.together = Together()
         self.stats = AdmissionStats()
         self._clock = clock
         self._waiting: dict[Hashable, _Waiting] = {}
         self._running: dict[Hashable, None] = {}
         self._arrivals = self._steps = 0
+        self._held: tuple[int, float] | None = None  # proposals with an empty place in a row, and since when
 
     @property
     def in_order(self) -> bool:
@@ -150,6 +156,7 @@ class Admission:
         if entry is None:
             return
         self.stats.joined += 1
+        self.together.joined()
         now: tuple[int, float] | None = None
         for other in self._waiting.values():
             if other.priority == entry.priority and other.arrived < entry.arrived:
@@ -167,7 +174,9 @@ class Admission:
             for other in self._waiting.values():
                 if other.order > entry.order:
                     other.due -= 1
-        self._running.pop(request, None)
+        if request in self._running:
+            del self._running[request]
+            self.together.left()
         if self.book is not None:
             self.book.forget(request)
 
@@ -202,14 +211,46 @@ class Admission:
 
         Parameters
         ----------
-        tokens, loads : int
-            Of a step in which all requests decode: its tokens and the experts it loaded. Others are not judged.
+        tokens : int
+            Of a step in which all requests decode; 0 for others, which say nothing about who should run together.
+        loads : int
+            Experts it loaded.
         """
         self._steps += 1
+        self.together.step(tokens, loads)
         if tokens:
             self.worth.step(tokens, loads)
 
     # ---- the decision
+
+    def holds(self, room: int) -> bool:
+        """Say whether places should stay empty for this step; to be asked once per step, before :meth:`propose`.
+
+        That is so where requests are compared anyway, while somebody runs, and while as many as should join together
+        wait but have no room: for no longer than `fairness` allows, and not if anybody is overdue.
+
+        Parameters
+        ----------
+        room : int
+            Requests that may join.
+        """
+        size = self.together.size(room + len(self._running)) if self.compares else 1
+        if not 0 < room < size or not self._running or not self._may_hold(size):
+            self._held = None
+            return False
+        count, since = self._held or (0, self._clock())
+        self._held = count + 1, since
+        self.stats.held += 1
+        return True
+
+    def _may_hold(self, size: int) -> bool:
+        urgent = min(entry.priority for entry in self._waiting.values())
+        first = [entry for entry in self._waiting.values() if entry.priority == urgent]
+        count, since = self._held or (0, self._clock())
+        if len(first) < size or count >= self.fairness.held or self._clock() - since >= self.fairness.seconds:
+            return False
+        now = (self._steps, self._clock())
+        return not any(self._overdue(entry, now) for entry in first)
 
     def propose(self, room: int, *, resident: NDArray[np.float32] | None = None) -> list[Hashable]:
         """Say who should join, the first to join first.

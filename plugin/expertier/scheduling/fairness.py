@@ -26,17 +26,22 @@ class Fairness:
     steps : int
         Steps after its turn came from which on nobody who arrived later joins before it. Its turn comes when as many
         requests have joined as were ahead of it when it arrived.
+    held : int
+        Steps in a row for which a place may stay empty while requests wait, so that several join at once.
     seconds : float
-        The same in seconds; no limit unless one is given, because a step may take milliseconds or seconds.
+        The same as `steps` and `held`, in seconds; no limit unless one is given, because a step may take milliseconds
+        or seconds.
 
     Raises
     ------
     UnsupportedOptionError
-        A limit is no number, or below zero; with zero nobody is overtaken, or nobody whose turn has come.
+        A limit is no number, or below zero; with zero nobody is overtaken, nobody whose turn has come, or no place
+        stays empty.
     """
 
     overtaken: int = 64
     steps: int = 2048
+    held: int = 64
     seconds: float = math.inf
 
     def __post_init__(self) -> None:

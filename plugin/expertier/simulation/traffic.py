@@ -128,7 +128,7 @@ def serve(
                 arrived[number] = at
                 admission.arrive(number, requests[number].tokens[: requests[number].prompt])
             room = batch - len(running)
-            if room:
+            if room and not admission.holds(room):
                 choice = len(arrived) - over - len(running) > room
                 resident = resident_experts(manager, numbers, width) if choice else None
                 for name in admission.propose(room, resident=resident):

@@ -30,6 +30,8 @@ class PreferringQueue(RequestQueue):  # type: ignore[misc]
     def __init__(self, stock: Any) -> None:
         self._stock = stock
         self._preferred: list[Any] = []
+        self.closed = False
+        """Whether nobody is taken from it for now: then it is as good as empty, and only its length tells."""
 
     def prefer(self, requests: list[Any]) -> None:
         """Let these go first, in this order; what was preferred before is forgotten."""
@@ -63,7 +65,7 @@ class PreferringQueue(RequestQueue):  # type: ignore[misc]
         self._stock.remove_requests(gone)
 
     def __bool__(self) -> bool:
-        return bool(self._stock)
+        return not self.closed and bool(self._stock)
 
     def __len__(self) -> int:
         return len(self._stock)
@@ -115,8 +117,11 @@ class RegroupingScheduler(ExpertierScheduler):
 
     def schedule(self, *arguments: Any, **keywords: Any) -> Any:
         self._prefer()
-        output = super().schedule(*arguments, **keywords)
-        self.waiting.prefer([])
+        try:
+            output = super().schedule(*arguments, **keywords)
+        finally:
+            self.waiting.prefer([])
+            self.waiting.closed = False
         for new in output.scheduled_new_reqs:
             self.admission.joined(new.req_id)
         return output
@@ -125,9 +130,13 @@ class RegroupingScheduler(ExpertierScheduler):
         room = self.max_num_active_reqs - len(self.running) - self.num_waiting_for_streaming_input
         if not self.admission.compares or room <= 0 or len(self.waiting) <= room:
             return
+        known = set(self.admission.waiting())
+        again = any(request.request_id not in known for request in self.waiting)
+        if not again and self.admission.holds(room):
+            self.waiting.closed = True
+            return
         place = {request: index for index, request in enumerate(self.admission.propose(room, resident=self._resident))}
         # Whoever ran before and was preempted does not wait for admission: it goes first, as in stock.
-        known = set(self.admission.waiting())
         chosen = [
             ((request.priority if self._ranked else 0, place.get(request.request_id, -1)), request)
             for request in self.waiting
