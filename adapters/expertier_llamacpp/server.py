@@ -102,7 +102,8 @@ def _fairness_fields() -> dict[str, Any]:
 _LIMITS: Final = {
     "overtaken": "Later requests that may join before one that waits",
     "steps": "Steps after its turn from which on nobody overtakes a request",
-    "seconds": "Seconds after its turn from which on nobody overtakes a request",
+    "held": "Steps for which a place may stay empty so that several prompts are computed together",
+    "seconds": "Seconds after its turn from which on nobody overtakes a request, and for which a place may stay empty",
 }
 
 

@@ -135,6 +135,29 @@ def test_stop_texts_grammars_logprobs_and_seeds_are_each_requests_own(client: op
     assert seeded[0] == seeded[1] != seeded[2]
 
 
+def test_logprobs_of_chats_are_answered_whole_and_streamed(client: openai.OpenAI) -> None:
+    request: Any = {"model": "tiny", "max_tokens": 6, "temperature": 0, "logit_bias": ENDLESS, "messages": MESSAGES}
+    whole = client.chat.completions.create(**request, logprobs=True, top_logprobs=2).choices[0]
+    assert whole.logprobs is not None
+    told = whole.logprobs.content or []
+    assert len(told) == 6
+    assert "".join(item.token for item in told) == whole.message.content
+    assert all(item.logprob < 0 and item.logprob in [top.logprob for top in item.top_logprobs] for item in told)
+    assert {len(item.top_logprobs) for item in told} <= {2, 3}  # with the chosen one, which a bias made win
+    pieces = client.chat.completions.create(**request, logprobs=True, top_logprobs=2, stream=True)
+    streamed = [
+        item
+        for piece in pieces
+        for choice in piece.choices
+        if choice.logprobs is not None
+        for item in choice.logprobs.content or []
+    ]
+    assert [item.token for item in streamed] == [item.token for item in told]
+    # Its beginning was computed before, in other batches.
+    assert [item.logprob for item in streamed] == pytest.approx([item.logprob for item in told], abs=1e-3)
+    assert client.chat.completions.create(**request).choices[0].logprobs is None
+
+
 def test_several_choices_and_several_prompts_are_answered_in_order(client: openai.OpenAI) -> None:
     request: Any = {"model": "tiny", "max_tokens": 6, "logit_bias": ENDLESS}
     answer = client.completions.create(prompt=[PROMPT, "fox"], n=2, seed=1, temperature=1, **request)

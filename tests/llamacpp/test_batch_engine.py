@@ -138,6 +138,32 @@ def test_every_request_may_have_options_of_its_own(load: Load) -> None:
     assert (first.text, second.text) == ("BBB", "AAAAAA")
 
 
+def test_logprobs_are_those_the_drop_in_class_answers(model: Path, load: Load) -> None:
+    with closing(expertier(model, sizes(model).layer, n_ctx=1024, logits_all=True)) as llm:
+        options: Any = {"max_tokens": 8, "seed": 5, "logit_bias": ENDLESS}
+        answer: Any = llm.create_completion(PROMPTS[0], logprobs=3, **options)["choices"][0]
+    output = one(load(), PROMPTS[0], logprobs=3, **options)
+    assert output.text == answer["text"]
+    assert tuple(item.token for item in output.logprobs) == output.tokens
+    assert [item.logprob for item in output.logprobs] == pytest.approx(answer["logprobs"]["token_logprobs"], rel=1e-6)
+    for item, expected in zip(output.logprobs, answer["logprobs"]["top_logprobs"], strict=True):
+        assert list(item.top.values()) == sorted(item.top.values(), reverse=True)
+        ours = [*item.top.values(), item.logprob]  # tokens that are no characters share a key in the answer
+        assert all(min(abs(value - own) for own in ours) < 1e-5 for value in expected.values())
+        assert max(expected.values()) == pytest.approx(ours[0], rel=1e-6)
+        assert len(item.top) == 3
+
+
+def test_logprobs_in_company_are_each_requests_own_and_only_of_those_that_asked(load: Load) -> None:
+    asked = Request(prompt=PROMPTS[0], max_tokens=6, sampling=Sampling(temperature=0), logprobs=0)
+    outputs = list(load().generate([asked, PROMPTS[1], asked], max_tokens=4, temperature=0, stream=True))
+    last = finished(iter(outputs))
+    assert [len(output.logprobs) for output in last] == [len(last[0].tokens), 0, len(last[2].tokens)]
+    assert len(last[0].logprobs) > 1
+    assert all(item.logprob < 0 and not item.top for output in last for item in output.logprobs)
+    assert all(not output.logprobs for output in outputs if output.finish_reason is None)
+
+
 # ---- text
 
 
@@ -301,6 +327,9 @@ def test_a_scheduler_learns_the_routes_of_every_token(load: Load) -> None:
         ("a", {"repeat_penalty": 0.0}, RequestError, "repeat_penalty"),
         ("a", {"top_p": float("nan")}, RequestError, "top_p"),
         ("a", {"logit_bias": {1000: 1.0}}, RequestError, "token 1000"),
+        ("a", {"logprobs": -1}, RequestError, "logprobs=-1"),
+        ("a", {"logprobs": 1000}, RequestError, "logprobs=1000"),
+        ("a", {"logprobs": True}, RequestError, "logprobs=True"),
     ],
 )
 def test_a_request_that_cannot_be_served_says_why_and_harms_no_other(
@@ -309,6 +338,7 @@ def test_a_request_that_cannot_be_served_says_why_and_harms_no_other(
     refused = Request(
         prompt=prompt,
         max_tokens=options.pop("max_tokens", 4),
+        logprobs=options.pop("logprobs", None),
         sampling=Sampling(**options),
     )
     engine = load()

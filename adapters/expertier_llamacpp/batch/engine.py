@@ -18,8 +18,8 @@ from expertier.errors import ManagerClosedError, RequestError, RequestTooLongErr
 from expertier.scheduling import CONTROL, Admission, Fairness, PathBook, make_batcher
 from expertier_llamacpp.batch.loop import StepLoop
 from expertier_llamacpp.batch.progress import Bar, progress_bar
-from expertier_llamacpp.batch.requests import Output, Request, Sampling
-from expertier_llamacpp.batch.sampling import make_sampler
+from expertier_llamacpp.batch.requests import Output, Request, Sampling, TokenLogprobs
+from expertier_llamacpp.batch.sampling import Watched, make_sampler
 from expertier_llamacpp.batch.sequence import ActiveSequence, Receiver, Sampler, TextReceiver
 from expertier_llamacpp.batch.telemetry import EngineStats
 from expertier_llamacpp.batch.text import Pieces
@@ -239,6 +239,11 @@ class BatchEngine:
         if request.max_tokens is not None and request.max_tokens < 1:
             raise RequestError(f"max_tokens={request.max_tokens} is not possible.", "Give at least 1, or None.")
         vocabulary = self.llama._model.vocab
+        sampler: Sampler = make_sampler(self.llama, request.sampling)
+        logprobs: list[TokenLogprobs] = []
+        if request.logprobs is not None:
+            sampler = watched = Watched(sampler, self.llama.n_vocab(), request.logprobs)
+            logprobs = watched.seen
         receiver = TextReceiver(
             index,
             tokens,
@@ -247,8 +252,8 @@ class BatchEngine:
             is_end=lambda token: bool(llama_cpp.llama_vocab_is_eog(vocabulary, token)),
             tell=tell,
             stream=stream,
+            logprobs=logprobs,
         )
-        sampler = make_sampler(self.llama, request.sampling)
         return self.submit_tokens(
             tokens,
             sampler,

@@ -55,6 +55,8 @@ class Request:
         Smaller goes first among those that wait.
     exact : bool
         No stand-ins for absent experts in steps that compute it, whoever runs beside it.
+    logprobs : int or None
+        For every token of output, tell its log-probability and so many of the likeliest tokens; ``None`` tells nothing.
     """
 
     prompt: str | Sequence[int]
@@ -63,6 +65,26 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     priority: int = 0
     exact: bool = False
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenLogprobs:
+    """How likely a token of output was, before any sampling parameter.
+
+    Attributes
+    ----------
+    token : int
+        The one that was chosen.
+    logprob : float
+        Its natural logarithm of probability.
+    top : mapping of int to float
+        The same of the likeliest tokens, likeliest first.
+    """
+
+    token: int
+    logprob: float
+    top: Mapping[int, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +107,8 @@ class Output:
         ``None`` while it runs; "stop" at the end of the text or at a stop text, "length", "cancelled" or "error".
     error : Exception or None
         Why it failed.
+    logprobs : tuple of TokenLogprobs
+        One for each of `tokens`, if they were asked for.
     """
 
     index: int
@@ -94,3 +118,4 @@ class Output:
     prompt_tokens: int = 0
     finish_reason: FinishReason | None = None
     error: Exception | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()

@@ -9,10 +9,12 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
+from llama_cpp import Llama
 from llama_cpp._internals import LlamaSampler
 
 from expertier.errors import RequestError
-from expertier_llamacpp.batch.requests import Sampling
+from expertier_llamacpp.batch.requests import Sampling, TokenLogprobs
+from expertier_llamacpp.batch.sequence import Sampler
 
 _LAST = 64  # tokens that penalties look at, llama_cpp's default
 
@@ -74,6 +76,48 @@ class Likeliest:
             logits = logits.copy()
             logits[self._tokens] += self._added
         return int(logits.argmax())
+
+
+class Watched:
+    """A sampler whose choices are written down with their log-probabilities.
+
+    Parameters
+    ----------
+    sampler : Sampler
+        Chooses.
+    width : int
+        Size of the vocabulary.
+    top : int
+        So many of the likeliest tokens are written down, too.
+
+    Attributes
+    ----------
+    seen : list of TokenLogprobs
+        One for every choice.
+
+    Raises
+    ------
+    RequestError
+        `top` is not possible.
+    """
+
+    def __init__(self, sampler: Sampler, width: int, top: int) -> None:
+        if type(top) is not int or not 0 <= top <= width:
+            raise RequestError(f"logprobs={top!r} is not possible.", f"Give a whole number from 0 to {width}, or None.")
+        self._sampler = sampler
+        self._width = width
+        self._top = top
+        self.seen: list[TokenLogprobs] = []
+
+    def sample(self, ctx: Any, idx: int) -> int:
+        """Choose from the logits in row `idx`."""
+        logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(ctx.ctx, idx), (self._width,))
+        chances = Llama.logits_to_logprobs(logits)
+        token = self._sampler.sample(ctx, idx)
+        best = np.argsort(-chances, kind="stable")[: self._top]
+        top = dict(zip(best.tolist(), chances[best].tolist(), strict=True))
+        self.seen.append(TokenLogprobs(token=token, logprob=float(chances[token]), top=top))
+        return token
 
 
 def _check(llama: llama_cpp.Llama, sampling: Sampling) -> None:

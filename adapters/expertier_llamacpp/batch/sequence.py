@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from expertier.errors import RequestCancelledError
-from expertier_llamacpp.batch.requests import FinishReason, Output
+from expertier_llamacpp.batch.requests import FinishReason, Output, TokenLogprobs
 from expertier_llamacpp.batch.text import Pieces, TextStream
 
 _numbers = itertools.count(1)
@@ -145,6 +145,8 @@ class TextReceiver:
         Called with every output.
     stream : bool
         Whether outputs before the last one are wanted.
+    logprobs : sequence of TokenLogprobs
+        Of the tokens chosen so far; grows while the request runs.
     """
 
     paused = False
@@ -159,6 +161,7 @@ class TextReceiver:
         is_end: Callable[[int], bool],
         tell: Callable[[Output], None],
         stream: bool,
+        logprobs: Sequence[TokenLogprobs] = (),
     ) -> None:
         self._output = Output(index=index, piece="", text="", prompt_tokens=len(prompt))
         self._tokens = list(prompt)
@@ -166,6 +169,7 @@ class TextReceiver:
         self._is_end = is_end
         self._tell = tell
         self._stream = stream
+        self._logprobs = logprobs
         self._untold = ""  # text that belongs to the next output
         self._stopped = False
 
@@ -190,13 +194,15 @@ class TextReceiver:
             piece += self._text.end()
         if reason == "cancelled" and error is None:
             error = RequestCancelledError("The request was cancelled.")
+        tokens = tuple(self._tokens[self._output.prompt_tokens :])
         self._tell(
             replace(
                 self._output,
                 piece=piece if self._stream else self._text.text,
                 text=self._text.text,
-                tokens=tuple(self._tokens[self._output.prompt_tokens :]),
+                tokens=tokens,
                 finish_reason=reason,
                 error=error,
+                logprobs=tuple(self._logprobs[: len(tokens)]),
             )
         )
