@@ -151,9 +151,9 @@ class VllmAdapter:
             found.append(
                 Finding(
                     topic=self.engine,
-                    status="problem",
-                    text="this is not vLLM's CPU build, and Expertier manages no experts on GPUs yet.",
-                    remedy=f"Install that in an environment of its own: {CPU_BUILD}.",
+                    status="warning",
+                    text="this is not vLLM's CPU build: what Expertier does on a CUDA device was never run on one.",
+                    remedy=f"Compare its output with stock's. The CPU build: {CPU_BUILD}.",
                 )
             )
         else:

@@ -58,3 +58,10 @@ KERNELS: Final = frozenset(
 Upstream: fused_moe/experts/cpu_moe.py. Others there keep scales of their own, made when the layer is loaded, or route
 inside.
 """
+
+SLOT_KERNELS: Final = frozenset({"TritonExperts"})
+"""Kernels that compute on as many experts as their weights have, and so on slots.
+
+Upstream: fused_moe/experts/triton_moe.py. How it divides its work depends on that number, and its rounding with it: see
+:mod:`expertier_vllm.compat.v032.triton`. Those of the processor are among the others.
+"""

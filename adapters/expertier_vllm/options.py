@@ -28,7 +28,8 @@ class VllmOptions:
         The options that all engines share.
     host_budget : str, int or None
         Puts experts into slots over a tier of so much host memory, as a device needs: `budget` is what the slots take,
-        and both tiers follow one policy. ``None``: experts are where the processor computes.
+        and both tiers follow one policy. ``None``: experts are where the processor computes, and a device's are over
+        :func:`expertier_vllm.slots.usual_host_bytes`.
     budget_endpoint : bool
         Whether ``POST /expertier/budget`` changes the budget of a running server. Off unless asked for, because
         whoever reaches the server's port could use it.
@@ -98,30 +99,40 @@ class VllmOptions:
                 "virtual_hard is not possible in vLLM yet.", "Use virtual_bias: resident experts are then preferred."
             )
         parse_budget(offload.budget, 1 << 60)  # a slip of the pen is told before any work
-        if given.get("host_budget") is not None:
-            _check_slots(given["host_budget"], offload)
-        return cls(
+        found = cls(
             offload=offload,
             fairness=Fairness.from_options(given),
             **{name: _own(name, given[name]) for name in given if name in own},
         )
+        if found.host_budget is not None:
+            found.check_slots()
+        return found
 
+    def check_slots(self) -> None:
+        """Refuse what is not known to work with experts in slots, which a device needs.
 
-def _check_slots(host_budget: Any, offload: OffloadOptions) -> None:
-    """Refuse what is not known to work with experts in slots."""
-    if parse_budget(host_budget, 1 << 60) is None or parse_budget(offload.budget, 1 << 60) is None:
-        raise UnsupportedOptionError(
-            "With host_budget neither budget can be 'auto': slots are allocated before the KV cache has its memory.",
-            "Give both amounts, e.g. 8GiB or 50%.",
-        )
-    for name, wanted in {
-        "trace": offload.trace is not None,
-        "governor": offload.governor != "off",
-        "virtual_bias": offload.virtual_bias is not None,
-        "quality_budget": parse_quality_budget(offload.quality_budget).kind != "exact",
-    }.items():
-        if wanted:
-            raise UnsupportedOptionError(f"{name} is not possible together with host_budget.", "Give one of the two.")
+        Raises
+        ------
+        UnsupportedOptionError
+            It was asked for.
+        BudgetError
+            The host budget is not an amount.
+        """
+        offload, where = self.offload, "with experts in slots (host_budget, or a GPU)"
+        host = None if self.host_budget is None else parse_budget(self.host_budget, 1 << 60)
+        if parse_budget(offload.budget, 1 << 60) is None or (self.host_budget is not None and host is None):
+            raise UnsupportedOptionError(
+                f"A budget of 'auto' is not possible {where}: they are allocated before the KV cache has its memory.",
+                "Give amounts, e.g. 8GiB or 50%.",
+            )
+        for name, wanted in {
+            "trace": offload.trace is not None,
+            "governor": offload.governor != "off",
+            "virtual_bias": offload.virtual_bias is not None,
+            "quality_budget": parse_quality_budget(offload.quality_budget).kind != "exact",
+        }.items():
+            if wanted:
+                raise UnsupportedOptionError(f"{name} is not possible {where}.", "Leave it out.")
 
 
 def _own(name: str, value: Any) -> Any:

@@ -26,7 +26,7 @@ class ServerFacts:
     Attributes
     ----------
     platform : str
-        ``cpu``, ``cuda``, ``rocm``, ...
+        ``cpu``, ``cuda``, ``rocm``, ...; ROCm calls its devices cuda, too, but not itself.
     model : str
         The model as it was named.
     experts : int
@@ -98,9 +98,9 @@ def _findings(facts: ServerFacts) -> list[tuple[bool, ExpertierError]]:
             ),
         ),
         (
-            facts.platform != "cpu",
+            facts.platform not in ("cpu", "cuda"),
             UnsupportedEngineError(
-                f"Expertier does not manage experts on {facts.platform} yet, only in vLLM's CPU build.",
+                f"Expertier does not manage experts on {facts.platform}, only on processors and CUDA devices.",
                 "Start without Expertier; vLLM's own --cpu-offload-gb offloads whole layers.",
             ),
         ),
@@ -179,6 +179,22 @@ def monolithic_backend(name: str) -> UnsupportedOptionError:
     )
 
 
+def whole_graphs(mode: str) -> UnsupportedOptionError:
+    """CUDA graphs repeat whole steps: nobody is asked which experts a step needs."""
+    return UnsupportedOptionError(
+        f"CUDA graphs of whole steps (cudagraph_mode {mode}) cannot load experts while they are replayed.",
+        "Use -cc.cudagraph_mode=PIECEWISE (and -cc.pass_config.fuse_attn_quant=false), or --enforce-eager.",
+    )
+
+
+def other_graphs(setting: str, remedy: str) -> UnsupportedOptionError:
+    """CUDA graphs are split in a way that was not verified."""
+    return UnsupportedOptionError(
+        f"{setting} splits CUDA graphs in a way that was not verified with experts that come and go.",
+        f"{remedy}, or use --enforce-eager.",
+    )
+
+
 def foreign_experts(owner: str) -> UnsupportedEngineError:
     """Another plugin registered its own class for the expert layer."""
     return UnsupportedEngineError(
@@ -207,7 +223,7 @@ def unverified_kernel(kernel: str) -> UnsupportedModelError:
     """Experts are computed by a kernel of which it is not known where it looks for them."""
     return UnsupportedModelError(
         f"vLLM computes these experts with {kernel}, and where that looks for them is not known.",
-        "Choose another kernel with --moe-backend, or start without Expertier.",
+        "Choose another kernel with --moe-backend (on CUDA triton), or start without Expertier.",
     )
 
 

@@ -15,7 +15,7 @@ import torch
 
 from expertier_vllm import refusals
 from expertier_vllm.checkpoint import Source, SourceReader
-from expertier_vllm.formats import FORMATS, KERNELS, ExpertFormat
+from expertier_vllm.formats import FORMATS, KERNELS, SLOT_KERNELS, ExpertFormat
 
 _SMALL: Final = 64  # rows below this fraction of an expert stay resident for all experts
 
@@ -68,6 +68,8 @@ class RowFill:
         That the layer is to have; known once its weights have been created.
     filling : bool
         Whether the layer's ``weight_loader`` is stock's at the moment.
+    device : torch.device
+        Where the layer computes; known with `experts`.
 
     Raises
     ------
@@ -87,6 +89,7 @@ class RowFill:
         self.format: ExpertFormat = known
         self.experts = 0
         self.filling = False
+        self.device = torch.device("cpu")
         self._module, self._method = module, method
         self._creation: dict[str, Any] = {}
         self._create: Callable[..., None] = method.create_weights
@@ -97,6 +100,7 @@ class RowFill:
             self.experts = num_experts
             self._creation = arguments
             self._create(layer=layer, num_experts=1, **arguments)
+            self.device = next(layer.parameters()).device  # upstream: models are constructed under the device
 
         method.create_weights = create_weights
         method.process_weights_after_loading = lambda layer: loaded()
@@ -115,8 +119,13 @@ class RowFill:
 
     # ---- what comes out
 
-    def rows(self) -> tuple[Row, ...]:
+    def rows(self, *, in_slots: bool = False) -> tuple[Row, ...]:
         """Find out what an expert consists of once it has been processed; keeps nothing of the weights.
+
+        Parameters
+        ----------
+        in_slots : bool
+            Whether the kernel is to compute on slots.
 
         Raises
         ------
@@ -130,7 +139,8 @@ class RowFill:
         if self._method.is_monolithic:
             raise refusals.monolithic_backend(kind)
         kernel = getattr(self._method, "experts_cls", None)
-        if kernel is not None and kernel.__name__ not in KERNELS:
+        known = KERNELS | SLOT_KERNELS if in_slots else KERNELS
+        if kernel is not None and kernel.__name__ not in known:
             raise refusals.unverified_kernel(kernel.__name__)
         parameters = dict(self._module.named_parameters())
         total = sum(value.nbytes for value in parameters.values())
@@ -194,7 +204,7 @@ class RowFill:
     def bytes_of(self, row: Row) -> memoryview:
         """The bytes of a row of the expert that was filled in last; valid until the next one."""
         value = getattr(self._module, row.param).data
-        return memoryview(value.reshape(-1).view(torch.uint8).numpy())
+        return memoryview(value.reshape(-1).view(torch.uint8).cpu().numpy())
 
     def clear(self) -> None:
         """Drop the layer's parameters, under all their names."""
@@ -215,7 +225,8 @@ class RowFill:
         """Give the layer unprocessed weights for one expert again."""
         self.clear()
         self._method.moe_kernel = None  # upstream rearranges only the first time
-        self._create(layer=self._module, num_experts=1, **self._creation)
+        with self.device:
+            self._create(layer=self._module, num_experts=1, **self._creation)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:

@@ -50,7 +50,7 @@ from expertier_vllm.loading import (
 from expertier_vllm.options import VllmOptions
 from expertier_vllm.recording import StepRecording
 from expertier_vllm.route_log import RouteLog
-from expertier_vllm.slots import ExpertSlots
+from expertier_vllm.slots import ExpertSlots, usual_host_bytes
 from expertier_vllm.stage import ExpertStage, layers_in_order
 from expertier_vllm.stand_ins import insisted, stand_in
 from expertier_vllm.worker_budget import WorkerBudget
@@ -76,6 +76,8 @@ class WorkerFacts:
         Names the worker's part of every layer, e.g. ``tp 0 of 2``.
     library : str
         Engine and version, e.g. ``vllm 0.32.0``.
+    device : str
+        Type of the device on which layers compute. On any but ``cpu`` experts are in slots.
     """
 
     checkpoint: Path
@@ -84,6 +86,7 @@ class WorkerFacts:
     in_step: bool
     shard: str
     library: str
+    device: str = "cpu"
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,12 +99,15 @@ class StepKind:
         Whether it serves requests; warm-ups and profiling runs do not.
     decode : bool
         Whether every request contributes one token.
+    tokens : int or None
+        So many tokens are the requests'; what follows is padding, which graphs of fixed sizes need. ``None``: all are.
     asked, prompt : ndarray of bool, shape (tokens,), or None
         Tokens of requests that asked for exactness, and tokens of prompts; ``None`` where nobody needs to know.
     """
 
     real: bool
     decode: bool
+    tokens: int | None = None
     asked: NDArray[np.bool_] | None = None
     prompt: NDArray[np.bool_] | None = None
 
@@ -184,7 +190,7 @@ class Runtime:
     @property
     def in_slots(self) -> bool:
         """Whether experts are in slots over host memory, and not in windows of address space."""
-        return self.options.host_budget is not None
+        return self.options.host_budget is not None or self.facts.device != "cpu"
 
     def add(self, stage: ExpertStage) -> None:
         """Take a layer in; called when it has been constructed."""
@@ -333,10 +339,6 @@ class Runtime:
 
     def _make_slots(self, layers: Sequence[LayerExperts], pack: Pack, file: StorageFile) -> None:
         """Put the experts into slots; what is not known to work with them was refused before."""
-        if self.facts.shard != "tp 0 of 1" or not self._sees_all_layers:
-            raise UnsupportedOptionError(
-                "host_budget is not possible with several workers.", "Leave out --tensor-parallel-size and pipelines."
-            )
         offload = self.options.offload
         sizes = {layer.layer: layer.expert_bytes for layer in layers}
         total = sum(layer.total_bytes for layer in layers)
@@ -345,18 +347,23 @@ class Runtime:
             smallest=sum(layer.top_k * layer.expert_bytes for layer in layers),  # every layer has slots of its own
             largest=total,
             one_layer=max(layer.total_bytes for layer in layers),
+            sharers=self.facts.local_workers,
+            on_host=self.facts.device == "cpu",
         )
-        host = parse_budget(str(self.options.host_budget), total)
-        assert host is not None and not self.budget.automatic  # "auto" was refused with the options
+        host = self.options.host_budget
+        host_bytes = (
+            usual_host_bytes(total, self.facts.local_workers) if host is None else parse_budget(str(host), total)
+        )
+        assert host_bytes is not None and not self.budget.automatic  # "auto" was refused with the options
         self._predictor = self._open_predictor()
         self._slots = ExpertSlots(
             self._stages,
             layers,
             {pack.path: file},
             pack,
-            device=next(self._stages[0].module.parameters(), torch.empty(0)).device,
+            device=self._stages[0].device,
             device_bytes=self.budget.first,
-            host_bytes=host,
+            host_bytes=host_bytes,
             config=ManagerConfig(
                 policy=policy_for(offload, self._predictor, lossy=False),
                 half_life=offload.half_life,
@@ -622,7 +629,8 @@ class Runtime:
             if (stage.position == 0 and self.virtual is None) or not self._step_open:
                 self._begin(len(ids))
             if self._everything is not None:
-                output = stage.module.compute_resident(x, weights, ids)
+                numbers = ids if self._slots is None else self._slots.renumbered(stage.layer, ids)
+                output = stage.module.compute_resident(x, weights, numbers)
             else:
                 output = self._run_absent(stage, x, weights, ids)
         except ExpertLoadError as error:
@@ -643,8 +651,12 @@ class Runtime:
         self, stage: ExpertStage, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor
     ) -> torch.Tensor:
         routes = ids.cpu().numpy().astype(np.int64)
+        wanted = self._kind.tokens
+        if wanted is not None and wanted < len(routes):  # padding must not load anything; nobody reads what it gives
+            routes[wanted:] = routes[0]
+            ids = torch.cat((ids[:wanted], ids[:1].expand(len(ids) - wanted, -1)))
         if self.virtual is None:
-            self._note_wishes(stage, routes)
+            self._note_wishes(stage, routes[:wanted])
         if self._recording is not None and self._kind.real:
             self._recording.layer(stage.layer, routes, weights, x)
         capacity = self._capacity(stage.layer)
@@ -677,7 +689,8 @@ class Runtime:
         return self.manager.budget // self._slot[layer]
 
     def _load_ahead(self, stage: ExpertStage, x: torch.Tensor, routes: NDArray[np.int64]) -> None:
-        if self._ahead is not None:
+        # A warm-up has nothing ahead of it, and while graphs are captured no other thread may use the device.
+        if self._ahead is not None and (self._kind.real or self._slots is None):
             insisted = self._insisted if self._substituting else None
             self._ahead.after_router(
                 stage.layer, routes, lambda: x.float().cpu().numpy(), decode=self._kind.decode, insisted=insisted
@@ -715,8 +728,9 @@ class Runtime:
         self._kind = self._step_kind()
         phase: Phase = "decode" if self._kind.decode else "prefill"
         recorded = self._recording is not None and self._kind.real
-        held = recorded or self._slots is not None  # in slots experts have other numbers, also when all are there
-        self._everything = None if held else self.manager.hold_all(tokens, phase)
+        self._everything = None if recorded else self.manager.hold_all(tokens, phase)
+        if self._everything is not None and self._slots is not None:
+            self._slots.hold()
         if self._recording is not None and recorded:
             self._recording.begin(self._spans, tokens, phase)
         if self._everything is None:
@@ -734,6 +748,8 @@ class Runtime:
             if self._recording is not None and self._kind.real:
                 self._recording.end(failed=failed)
             if self._everything is not None:
+                if self._slots is not None:
+                    self._slots.used()
                 self._everything.release()
                 self._everything = None
             self.manager.end_step()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import torch
@@ -20,8 +21,11 @@ from expertier.catalog.types import LayerExperts
 from expertier.device import CudaLink, DeviceLink, DeviceTier, ThreadLink
 from expertier.errors import UnsupportedEngineError
 from expertier.manager import ManagerConfig
+from expertier.planning.memory import memory_left
 from expertier.storage import StorageFile
 from expertier_vllm.stage import ExpertStage
+
+_BUFFERS: Final = 64 << 20  # more than what I/O threads read through
 
 
 def link_to(device: torch.device) -> DeviceLink:
@@ -37,6 +41,19 @@ def link_to(device: torch.device) -> DeviceLink:
     if device.type == "cpu":
         return ThreadLink()
     raise UnsupportedEngineError(f"Expertier has no way to a device of type {device.type}.", "Start without it.")
+
+
+def usual_host_bytes(total: int, sharers: int) -> int:
+    """Size of the tier beneath a device, unless somebody says it: room for all experts, at most half of what is left.
+
+    Parameters
+    ----------
+    total : int
+        Bytes of all experts of the worker.
+    sharers : int
+        Workers on this machine.
+    """
+    return min(total + total // 64 + _BUFFERS, memory_left().left // (2 * sharers))
 
 
 class ExpertSlots:
@@ -82,6 +99,10 @@ class ExpertSlots:
             check_for=pack.check_in_pieces,
             per_layer=True,  # one kernel call takes no more slots than a layer has experts
         )
+        self._device = device
+        self._experts = {layer.layer: np.arange(layer.experts) for layer in layers}
+        self._places: dict[int, torch.Tensor] = {}
+        self._noted = -1
         for stage, layer in zip(stages, layers, strict=True):
             memory = self.tier.pool.memory(layer.layer)
             rows = [stage.row(part.name) for part in layer.parts]
@@ -104,6 +125,24 @@ class ExpertSlots:
         with self.tier.acquire(layer, routes) as found:
             slots = torch.from_numpy(found.slots).to(ids.device, ids.dtype)
             yield slots[ids.long()]
+
+    def hold(self) -> None:
+        """Note where the experts are, for a step in which all of them are on the device and pinned."""
+        pool = self.tier.pool
+        if pool.moves != self._noted:
+            self._places = {layer: torch.from_numpy(pool.slots(layer)).to(self._device) for layer in self._experts}
+            self._noted = pool.moves
+        for layer, experts in self._experts.items():
+            pool.order(layer, experts)
+
+    def renumbered(self, layer: int, ids: torch.Tensor) -> torch.Tensor:
+        """The slots that `ids` are in, of its shape and type; after :meth:`hold`. Nobody waits for the device."""
+        return self._places[layer][ids.long()].to(ids.dtype)
+
+    def used(self) -> None:
+        """Note that what was computed since :meth:`hold` may read any expert; to be called before they are released."""
+        for layer, experts in self._experts.items():
+            self.tier.pool.used(layer, experts)
 
     def words(self) -> str:
         """For the mode line."""

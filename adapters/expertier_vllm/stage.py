@@ -88,6 +88,11 @@ class ExpertStage:
         return self._fill.experts
 
     @property
+    def device(self) -> torch.device:
+        """Where the layer computes."""
+        return self._fill.device
+
+    @property
     def format(self) -> str:
         """How the experts are quantised, in words."""
         return self._fill.format.name
@@ -142,7 +147,7 @@ class ExpertStage:
 
     def set_up(self) -> None:
         """Find out what an expert consists of once it has been processed; see :meth:`RowFill.rows`."""
-        self.rows = self._fill.rows()
+        self.rows = self._fill.rows(in_slots=self.runtime.in_slots)
         if self.runtime.in_slots:
             if type(self.method).__name__ != "UnquantizedFusedMoEMethod":
                 raise refusals.quantised_slots(type(self.method).__name__)

@@ -29,6 +29,8 @@ class WorkerBudget:
         Bytes of what stays resident of all experts, their scales and biases; users count them, too.
     sharers : int
         Workers on this machine, which share its memory.
+    on_host : bool
+        Whether what the budget is of is the machine's memory, and not a device's, which was allocated at once.
 
     Attributes
     ----------
@@ -45,12 +47,21 @@ class WorkerBudget:
     """
 
     def __init__(
-        self, options: OffloadOptions, *, smallest: int, largest: int, one_layer: int, always: int = 0, sharers: int = 1
+        self,
+        options: OffloadOptions,
+        *,
+        smallest: int,
+        largest: int,
+        one_layer: int,
+        always: int = 0,
+        sharers: int = 1,
+        on_host: bool = True,
     ) -> None:
         self._options = options
         self._smallest = smallest
         self._one_layer = one_layer
         self._sharers = sharers
+        self._on_host = on_host
         self._pressure: PressureGovernor | None = None
         self._resize: Callable[[int], None]
         self._manager: OffloadManager
@@ -114,7 +125,7 @@ class WorkerBudget:
         limit = memory_left()
         if self._asked is None:
             self._take_what_is_left(limit, promised, self.largest)
-        elif self._manager.budget > (left := self._left(limit, promised)):
+        elif self._on_host and self._manager.budget > (left := self._left(limit, promised)):
             raise BudgetError(
                 f"A budget of {format_bytes(self._manager.budget)} exceeds what {limit.source} has left for experts "
                 f"({format_bytes(max(0, left))}).",

@@ -37,7 +37,7 @@ def test_a_plain_server_is_not_refused() -> None:
     ("change", "error", "words"),
     [
         ({"experts": 0}, NotMoEError, "some/model has no routed experts"),
-        ({"platform": "cuda"}, UnsupportedEngineError, "on cuda"),
+        ({"platform": "rocm"}, UnsupportedEngineError, "on rocm"),
         ({"expert_parallel": True}, UnsupportedOptionError, "--enable-expert-parallel"),
         ({"expert_parallel": True, "eplb": True}, UnsupportedOptionError, "--enable-eplb"),
         ({"data_parallel": 2}, UnsupportedOptionError, "--data-parallel-size"),

@@ -98,8 +98,8 @@ def test_a_budget_below_one_tokens_experts_in_every_layer_is_refused_at_start(
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"host_budget": "1GiB"}, "neither budget can be 'auto'"),
-        ({"budget": "50%", "host_budget": "auto"}, "neither budget can be 'auto'"),
+        ({"host_budget": "1GiB"}, "A budget of 'auto' is not possible"),
+        ({"budget": "50%", "host_budget": "auto"}, "A budget of 'auto' is not possible"),
         ({"budget": "50%", "host_budget": "much"}, "not an amount of memory"),
         ({"budget": "50%", "host_budget": "1GiB", "virtual_bias": 0.1}, "virtual_bias is not possible"),
         ({"budget": "50%", "host_budget": "1GiB", "governor": "on"}, "governor is not possible"),

@@ -86,7 +86,11 @@ class CudaLink:
     def allocate(self, nbytes: int) -> DeviceBytes:
         try:
             with self._torch.inference_mode(False):  # other threads could not write into an inference tensor
-                return self._torch.empty(nbytes, dtype=self._torch.uint8, device=self.device)
+                memory = self._torch.empty(nbytes, dtype=self._torch.uint8, device=self.device)
+            # What was freed may be handed out again while the computation still reads it, and copies do not wait for
+            # that.
+            self._torch.cuda.current_stream(self.device).synchronize()
+            return memory
         except self._torch.cuda.OutOfMemoryError as error:
             free, _ = self._torch.cuda.mem_get_info(self.device)
             raise BudgetError(

@@ -136,6 +136,11 @@ class DevicePool:
     per_layer : bool
         Whether every layer has slots of its own, the same number each, instead of sharing them all.
 
+    Attributes
+    ----------
+    moves : int
+        How often an expert was given a slot: while it stays the same, and all experts have one, none moves.
+
     Raises
     ------
     BudgetError
@@ -195,6 +200,7 @@ class DevicePool:
         self._host_bytes, self._host_slot = len(memory), host_slot
         self._sizes = np.repeat([layer.expert_bytes for layer in layers], counts)
 
+        self.moves = 0
         self._slot_of = np.full(total, -1, np.int32)
         self._complete = np.zeros(total, bool)  # every byte was sent to the device
         self._arriving = np.zeros(total, bool)  # some of them may be under way
@@ -293,6 +299,7 @@ class DevicePool:
         if place >= 0:
             host.claimed[place] = True
         self._slot_of[index] = slot
+        self.moves += 1
         self._arriving[index] = True
         self._loads[index] = load
         return load

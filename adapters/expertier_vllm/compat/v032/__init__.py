@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Set
 from dataclasses import replace
 from typing import Any, Final
 
 from expertier.errors import UnsupportedOptionError
 from expertier_vllm.board import publish
+from expertier_vllm.compat.v032.graphs import split_at_experts
 from expertier_vllm.options import VllmOptions
 from expertier_vllm.refusals import ServerFacts, check_server
 
-_STOCK_WORKER: Final = "vllm.v1.worker.cpu_worker.CPUWorker"
-WORKER: Final = "expertier_vllm.compat.v032.worker.ExpertierWorker"
+logger = logging.getLogger("vllm.expertier")
+
+_STOCK_WORKERS: Final = {
+    "cpu": "vllm.v1.worker.cpu_worker.CPUWorker",
+    "cuda": "vllm.v1.worker.gpu_worker.Worker",
+}
+WORKERS: Final = {
+    "cpu": "expertier_vllm.compat.v032.cpu_worker.ExpertierWorker",
+    "cuda": "expertier_vllm.compat.v032.cuda_worker.ExpertierCudaWorker",
+}
+"""By platform."""
 SCHEDULER: Final = "expertier_vllm.compat.v032.scheduler.ExpertierScheduler"
 REGROUPING: Final = "expertier_vllm.RegroupingScheduler"
 """What ``--scheduler-cls`` may name; :mod:`expertier_vllm` finds the class for the installed vLLM."""
@@ -33,13 +44,16 @@ def take_over(config: Any) -> None:
     if config.model_config is None or config.model_config.is_submodel_config:
         return
     wanted = VllmOptions.from_additional_config(config.additional_config)
-    check_server(replace(read_facts(config), virtual=wanted is not None and wanted.lossy))
+    facts = replace(read_facts(config), virtual=wanted is not None and wanted.lossy)
+    check_server(facts)
     parallel, scheduler = config.parallel_config, config.scheduler_config
-    if parallel.worker_cls not in (_STOCK_WORKER, WORKER):
+    if parallel.worker_cls not in (_STOCK_WORKERS[facts.platform], WORKERS[facts.platform]):
         raise UnsupportedOptionError(
             f"--worker-cls {parallel.worker_cls} is not vLLM's own.", "Start without it, or without Expertier."
         )
-    parallel.worker_cls = WORKER
+    parallel.worker_cls = WORKERS[facts.platform]
+    if facts.platform == "cuda" and wanted is not None:
+        _prepare_device(config, wanted)
     if wanted is not None and wanted.scheduler is not None:
         if scheduler.scheduler_cls not in (None, SCHEDULER, REGROUPING):
             raise UnsupportedOptionError(
@@ -51,6 +65,18 @@ def take_over(config: Any) -> None:
         scheduler.scheduler_cls = SCHEDULER
     publish(config.instance_id)
     tell_causes()
+
+
+def _prepare_device(config: Any, wanted: VllmOptions) -> None:
+    """Settle what is different where experts are in slots of a device."""
+    wanted.check_slots()
+    split_at_experts(config)
+    scheduler = config.scheduler_config
+    if scheduler.async_scheduling:
+        # Upstream: what the CPU platform does, too. Our scheduler wants to know a step's outcome before the next.
+        scheduler.async_scheduling = False
+        logger.info("expertier: asynchronous scheduling is off: every layer waits for its router anyway")
+    logger.warning("expertier: experts on CUDA have never been run on a GPU; compare the output with stock's")
 
 
 def tell_causes() -> None:
@@ -83,7 +109,7 @@ def read_facts(config: Any) -> ServerFacts:
     model, parallel, load = config.model_config, config.parallel_config, config.load_config
     extra = load.model_loader_extra_config
     return ServerFacts(
-        platform=str(current_platform.device_type),
+        platform=str(current_platform.device_name),
         model=str(model.model),
         experts=int(model.get_num_experts()),
         load_format=str(load.load_format),

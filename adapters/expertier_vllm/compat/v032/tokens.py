@@ -40,7 +40,7 @@ def _spans(runner: Any, input_ids: torch.Tensor | None) -> list[Span]:
     batch = runner.input_batch
     starts = runner.query_start_loc.np[: batch.num_reqs + 1].tolist()
     computed = batch.num_computed_tokens_cpu[: batch.num_reqs].tolist()
-    ids = None if input_ids is None else input_ids.numpy()
+    ids = None if input_ids is None else input_ids.cpu().numpy()
 
     def before(row: int, position: int) -> Callable[[], Any]:
         return lambda: batch.token_ids_cpu[row, :position].copy()

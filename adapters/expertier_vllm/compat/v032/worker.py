@@ -1,4 +1,4 @@
-"""vLLM 0.32: the worker. Imported only where ``ParallelConfig.worker_cls`` names it."""
+"""vLLM 0.32: what a worker does to manage experts, wherever it computes. Imported only in workers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import Any, Final
 import numpy as np
 import torch
 from vllm import __version__
-from vllm.config import set_current_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.custom_op import PluggableLayer, op_registry_oot
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
@@ -21,15 +20,14 @@ from vllm.model_executor.model_loader.weight_utils import _natural_sort_key
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import direct_register_custom_op
 from vllm.v1.outputs import ModelRunnerOutput
-from vllm.v1.worker.cpu_worker import CPUWorker
 
 from expertier.errors import ExpertierError, ExpertLoadError, RouterScoresError, UnsupportedOptionError
-from expertier.planning.memory import process_memory, reset_peak
 from expertier.scheduling import CONTROL
 from expertier_vllm import refusals
 from expertier_vllm.board import Board, Reporter
 from expertier_vllm.compat.v032 import REGROUPING, SCHEDULER
 from expertier_vllm.compat.v032.failures import FailureExchange
+from expertier_vllm.compat.v032.graphs import OPERATORS
 from expertier_vllm.compat.v032.scheduler import PROBLEM, ROUTES, wants_exactness
 from expertier_vllm.compat.v032.tokens import announce_tokens, exact_tokens
 from expertier_vllm.experts import constructing, managed_class
@@ -79,21 +77,34 @@ def _managed(base: Any) -> Any:
 
 
 def _step_kind() -> StepKind:
-    """Upstream: ``ForwardContext.attn_metadata``, by layer; profiling and warm-up runs have none."""
+    """Upstream: ``ForwardContext.attn_metadata``, by layer; profiling and warm-up runs have none.
+
+    Tokens beyond ``num_actual_tokens`` are padding, up to a size of which there is a captured graph.
+    """
     metadata = get_forward_context().attn_metadata
     if not isinstance(metadata, dict) or not metadata:
         return StepKind(real=False, decode=False)
     first = next(iter(metadata.values()))
-    return StepKind(real=True, decode=getattr(first, "max_query_len", 0) == 1)
+    return StepKind(
+        real=True,
+        decode=getattr(first, "max_query_len", 0) == 1,
+        tokens=getattr(first, "num_actual_tokens", None),
+    )
 
 
 # ---- the worker
 
 
-class ExpertierWorker(CPUWorker):  # type: ignore[misc]
-    """vLLM's CPU worker with a bounded set of experts."""
+class ManagedWorker:
+    """A worker of vLLM with a bounded set of experts; to be mixed in before vLLM's class."""
 
     expertier: Runtime
+    vllm_config: Any
+    model_runner: Any
+    cache_config: Any
+    rank: int
+    device: torch.device
+    get_model: Callable[[], torch.nn.Module]
 
     def load_model(self, **arguments: Any) -> None:
         options = VllmOptions.from_additional_config(self.vllm_config.additional_config)
@@ -104,10 +115,14 @@ class ExpertierWorker(CPUWorker):  # type: ignore[misc]
         token = constructing.set(self.expertier)
         try:
             with _own_iterator(self.expertier):
-                super().load_model(**arguments)
+                super().load_model(**arguments)  # type: ignore[misc]
         finally:
             constructing.reset(token)
         self._check_all_managed()
+        if OPERATORS[0] in (self.vllm_config.compilation_config.splitting_ops or ()):
+            from expertier_vllm.compat.v032 import opaque
+
+            opaque.install(self.get_model())
         self.expertier.finish_loading(_norms(self.get_model()))
         announce_tokens(self.model_runner, self.expertier.announce)
         if self.vllm_config.scheduler_config.scheduler_cls == REGROUPING and options.scheduler != CONTROL:
@@ -138,6 +153,7 @@ class ExpertierWorker(CPUWorker):  # type: ignore[misc]
             local_workers=parallel.local_world_size,
             shard=f"tp {self.rank % size} of {size}",
             library=f"vllm {__version__}",
+            device=self.device.type,
         )
 
     def _check_all_managed(self) -> None:
@@ -148,39 +164,11 @@ class ExpertierWorker(CPUWorker):  # type: ignore[misc]
         for kind, layers in kinds.items():
             raise refusals.unmanaged_experts(kind, layers)
 
-    def determine_available_memory(self) -> int:
-        """Leave room for the experts that are not resident yet; an explicit size of the KV cache is left alone."""
-        available = int(super().determine_available_memory())
-        if self.cache_config.kv_cache_memory_bytes is None:
-            available -= self.expertier.budget.reserved
-        return available
-
-    def initialize_from_config(self, kv_cache_config: Any) -> None:
-        if self.expertier.budget.automatic:
-            self.expertier.budget.make_room()
-        before = process_memory().untouched
-        super().initialize_from_config(kv_cache_config)
-        promised = max(0, process_memory().untouched - before)
-        if self.expertier.budget.automatic:
-            self.expertier.budget.prepare_warm_up(promised)
-            promised += self._step_memory()
+    def _serve(self, promised: int) -> None:
+        """Take the final budget, now that everything else has its memory, and tell others how it goes."""
         self.expertier.serve(promised)
         self._reporter = Reporter(Board(self.vllm_config.instance_id), self.expertier.stats)
         self._reporter.start()
-
-    def _step_memory(self) -> int:
-        """Bytes that the longest possible step takes beyond what is resident now.
-
-        Upstream: ``GPUModelRunner.profile_run``, a step of ``max_num_batched_tokens`` and one of sampling, whose output
-        is thrown away. The CPU worker runs it only where it compiles.
-        """
-        reset_peak()
-        held = self.expertier.manager.stats().resident_bytes
-        with set_current_vllm_config(self.vllm_config), torch.inference_mode():
-            self.model_runner.profile_run()
-        memory = process_memory()
-        grown = self.expertier.manager.stats().resident_bytes - held
-        return max(0, memory.peak - memory.resident - max(0, grown))
 
     # ---- steps that fail
 
@@ -196,7 +184,7 @@ class ExpertierWorker(CPUWorker):  # type: ignore[misc]
         problem = None
         try:
             with self.expertier.budget.stepping:
-                output = super().execute_model(scheduler_output)
+                output = super().execute_model(scheduler_output)  # type: ignore[misc]
             if self.expertier.facts.in_step and self._step_tokens:
                 failure = self.expertier.failure
                 problem = self._failures.settle(None if failure is None else str(failure))
@@ -215,7 +203,7 @@ class ExpertierWorker(CPUWorker):  # type: ignore[misc]
 
         It is called for a failed step, too, where several are under way (``EngineCore.step_with_batch_queue``).
         """
-        output = super().sample_tokens(grammar_output)
+        output = super().sample_tokens(grammar_output)  # type: ignore[misc]
         if self._failed is not None:
             return self._failed
         log = self.expertier.route_log
@@ -224,7 +212,7 @@ class ExpertierWorker(CPUWorker):  # type: ignore[misc]
         return output
 
     def shutdown(self) -> None:
-        super().shutdown()
+        super().shutdown()  # type: ignore[misc]
         if hasattr(self, "_reporter"):
             self._reporter.close()
         if hasattr(self, "expertier"):
@@ -268,7 +256,7 @@ def _answered(call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def _refused(name: str) -> Callable[..., None]:
-    def refuse(self: ExpertierWorker, *_: Any, **__: Any) -> None:
+    def refuse(self: ManagedWorker, *_: Any, **__: Any) -> None:
         raise UnsupportedOptionError(
             f"{name} is not possible: the experts' weights are not in the model but in Expertier's sidecar.",
             "Start a server without Expertier for it.",
@@ -287,7 +275,7 @@ for _name in (
     "start_weight_update",
     "update_weights",
 ):
-    setattr(ExpertierWorker, _name, _refused(_name))
+    setattr(ManagedWorker, _name, _refused(_name))
 
 
 @contextlib.contextmanager
@@ -359,5 +347,5 @@ def _weight(blocks: list[torch.nn.Module], names: tuple[str, ...], dimensions: i
         for name in names:
             weight = getattr(getattr(block, name, None), "weight", None)
             if isinstance(weight, torch.Tensor) and weight.dim() == dimensions:
-                return np.ascontiguousarray(weight.detach().float().numpy())
+                return np.ascontiguousarray(weight.detach().float().cpu().numpy())
     return None
