@@ -665,7 +665,7 @@ class Runtime:
         output: torch.Tensor
         if self._slots is not None:
             with self._slots.working_set(stage.layer, routes, ids) as slots:
-                self._load_ahead(stage, x, routes)
+                self._load_ahead(stage, x[:wanted], routes[:wanted])
                 output = stage.module.compute_resident(x, weights, slots)
             return output
         with self.manager.acquire(stage.layer, routes, wait=False) as lease:
