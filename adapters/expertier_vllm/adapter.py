@@ -22,6 +22,7 @@ from expertier.telemetry import Stats
 from expertier_vllm.compat import CPU_BUILD, VERIFIED
 from expertier_vllm.metrics import Record, substituted_mass, summed
 from expertier_vllm.offline import GIVEN_TOKENS, GivenTexts, Steps, open_engine, prepare_environment
+from expertier_vllm.offloaders import offloading_variants
 
 _CONTEXT = 4096
 _CACHE_BYTES = 512 << 20
@@ -170,7 +171,8 @@ class VllmAdapter:
         return found
 
     def stock_variants(self, catalog: Catalog, *, limited: bool) -> Sequence[StockVariant]:
-        return [StockVariant(key="stock", label="stock")]
+        plain = StockVariant(key="stock", label="stock")
+        return [plain] if limited else [plain, *offloading_variants(catalog, self.workloads.budgets)]
 
     def worker_command(self) -> Sequence[str]:
         return [sys.executable, "-m", "expertier_vllm.worker"]

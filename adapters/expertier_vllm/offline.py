@@ -55,6 +55,7 @@ def open_engine(
     cache_bytes: int,
     eager: bool = True,
     processors: Sequence[str] = (),
+    more: Mapping[str, Any] | None = None,
 ) -> Any:
     """Construct a ``vllm.LLM``.
 
@@ -76,6 +77,8 @@ def open_engine(
         Without ``torch.compile``.
     processors : sequence of str
         Logits processors.
+    more : mapping, optional
+        Further arguments of the engine.
 
     Raises
     ------
@@ -99,6 +102,7 @@ def open_engine(
             logits_processors=list(processors) or None,
             additional_config={} if options is None else {KEY: given},
             seed=0,
+            **(more or {}),
         )
 
 

@@ -39,9 +39,9 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     Parameters
     ----------
     job : dict
-        ``model``, ``ours``, ``settings``, ``options`` (Expertier's), ``n_ubatch``, ``threads``, ``long_text``,
-        ``texts``, ``long_prompt``, ``short_prompt``, ``tokens`` (per request) and ``requests`` (numbers of requests
-        at a time).
+        ``model``, ``ours``, ``settings`` (stock's: arguments of the engine), ``options`` (Expertier's), ``n_ubatch``,
+        ``threads``, ``long_text``, ``texts``, ``long_prompt``, ``short_prompt``, ``tokens`` (per request) and
+        ``requests`` (numbers of requests at a time).
 
     Returns
     -------
@@ -58,6 +58,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         requests=max(job["requests"]),
         cache_bytes=_CACHE_BYTES,
         processors=(GIVEN_TOKENS,) if wants_logits(job) else (),
+        more=job["settings"],
     )
     load_seconds = time.perf_counter() - started
     try:

@@ -54,11 +54,14 @@ class StockVariant:
         Short name and the name people read.
     settings : dict
         Handed to the worker as they are.
+    obstacle : str
+        Why this machine cannot run it; empty if it can.
     """
 
     key: str
     label: str
     settings: dict[str, Any] = field(default_factory=dict)
+    obstacle: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

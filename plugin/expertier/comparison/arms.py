@@ -132,9 +132,10 @@ def plan_arms(
     Raises
     ------
     UnsupportedOptionError
-        `only` names an arm that does not exist.
+        `only` names an arm that does not exist, or one for which this machine lacks something.
     """
     arms: list[ArmRecord] = []
+    _check_obstacles(adapter, catalog, limits, only or ())
     for limit in limits:
         stock = _stock_arms(adapter, catalog, limit, ability, readaheads)
         ours = [_our_arm(catalog, limit, options, ability)]
@@ -160,13 +161,23 @@ def plan_arms(
     return tuple(arms)
 
 
+def _check_obstacles(adapter: Adapter, catalog: Catalog, limits: Sequence[Limit], only: Sequence[str]) -> None:
+    for limited in {limit.limit_bytes is not None for limit in limits}:
+        for variant in adapter.stock_variants(catalog, limited=limited):
+            if variant.obstacle and variant.key in only:
+                raise UnsupportedOptionError(
+                    f"The arm {variant.key} cannot be run here: {variant.obstacle}.", "Leave it out of --arms."
+                )
+
+
 def _stock_arms(
     adapter: Adapter, catalog: Catalog, limit: Limit, ability: Ability, readaheads: Sequence[int]
 ) -> list[ArmRecord]:
     limited = limit.limit_bytes is not None
     found = ability.readahead_kb if adapter.workloads.readahead else None
     arms = []
-    for index, variant in enumerate(adapter.stock_variants(catalog, limited=limited)):
+    possible = [each for each in adapter.stock_variants(catalog, limited=limited) if not each.obstacle]
+    for index, variant in enumerate(possible):
         arm = ArmRecord(
             key=variant.key,
             label=variant.label,
