@@ -31,8 +31,9 @@ logger = logging.getLogger("expertier")
 
 _SWEEP_FROM = 0.5  # share of a layer's experts in one working set from which a step counts as sweeping through layers
 
-_ABSENT, _LOADING, _RESIDENT, _CANCELLING, _SPARE = range(5)
-# _SPARE: the slot still holds memory, but a load into it was given up; nobody may compute on it.
+_ABSENT, _SPARE, _LOADING, _RESIDENT, _CANCELLING = range(5)
+# _SPARE: the slot still holds memory, but a load into it was given up; nobody may compute on it. So what may be loaded
+# is at most _SPARE.
 
 Phase = Literal["decode", "prefill"]
 
@@ -300,16 +301,18 @@ class OffloadManager:
         if self._listener is None:
             return False
         with self._lock:
-            return self._listener.expect(
-                forecast.now[self._layer_index, self._column].astype(np.float64),
-                forecast.soon[:, self._layer_index, self._column].astype(np.float64),
-            )
+            now, soon = forecast.now, forecast.soon
+            if self._even:
+                now, soon = now.reshape(-1), soon.reshape(len(soon), -1)
+            else:
+                now, soon = now[self._layer_index, self._column], soon[:, self._layer_index, self._column]
+            return self._listener.expect(now.astype(np.float64), soon.astype(np.float64))
 
     def end_step(self) -> None:
         """End the forward pass: prefetches for layers that did not come are given up."""
         with self._lock:
             self._step_needs = 0
-            self._cancel(np.flatnonzero(self._unclaimed()))
+            self._cancel(self._unclaimed())
 
     def observe(self, layer: int, routes: ArrayLike) -> None:
         """Note the routes of a layer: they feed the eviction policy.
@@ -448,7 +451,7 @@ class OffloadManager:
                     # would be read over and over until there is room.
                     self._raise_own_error(layer, waiting[begun])
                     state = self._state[waiting]
-                    absent = waiting[(state == _ABSENT) | (state == _SPARE)]
+                    absent = waiting[state <= _SPARE]
                     complete = not absent.size or self._load_what_fits(layer, absent, DEMAND)
                     begun |= self._state[waiting] == _LOADING
                     if not complete:
@@ -712,13 +715,13 @@ class OffloadManager:
 
     def _cancel_other_prefetches(self, layer: int) -> None:
         """The router has spoken: prefetches for this layer that it does not want are given up."""
-        mine = self._layer_index == self._position[layer]
-        self._cancel(np.flatnonzero(mine & self._unclaimed()))
+        mine = self._position[layer]
+        self._cancel([expert for expert in self._unclaimed() if self._layer_index[expert] == mine])
 
-    def _unclaimed(self) -> NDArray[np.bool_]:
-        """Loads ahead of a need that no lease has claimed."""
-        unclaimed: NDArray[np.bool_] = (self._state == _LOADING) & (self._pins == 0) & ~self._filling
-        return unclaimed
+    def _unclaimed(self) -> list[int]:
+        """Experts loading ahead of a need that no lease has claimed: among the few that load at all."""
+        state, pins, filling = self._state, self._pins, self._filling
+        return [one for one in self._requests if state[one] == _LOADING and not pins[one] and not filling[one]]
 
     def _cancel(self, experts: Iterable[int]) -> None:
         for expert in experts:
@@ -785,14 +788,16 @@ class OffloadManager:
         """
         local = np.asarray(experts, np.int64)
         chance = np.ones(len(local)) if probabilities is None else np.asarray(probabilities, np.float64)
-        first = np.sort(np.unique(local, return_index=True)[1])
-        wanted, chance = local[first] + self._base[layer], chance[first]
+        if len(local) > 1:
+            first = np.sort(np.unique(local, return_index=True)[1])
+            local, chance = local[first], chance[first]
+        wanted = local + self._base[layer]
         with self._lock:
             self._check_open()
             if self._tight:
                 return 0
-            limit -= int(self._unclaimed().sum())
-            absent = np.flatnonzero((self._state[wanted] == _ABSENT) | (self._state[wanted] == _SPARE))[: max(limit, 0)]
+            limit -= len(self._unclaimed())
+            absent = np.flatnonzero(self._state[wanted] <= _SPARE)[: max(limit, 0)]
             if not absent.size:
                 return 0
             chosen = wanted[absent]
@@ -1015,7 +1020,7 @@ class OffloadManager:
     def under_way(self) -> int:
         """Loads ahead of need that have begun and that no lease has claimed."""
         with self._lock:
-            return int(self._unclaimed().sum()) if self._requests else 0
+            return len(self._unclaimed())
 
     def outlook(self) -> tuple[NDArray[np.bool_], int]:
         """What loading ahead goes by, for all layers at once.
@@ -1028,9 +1033,8 @@ class OffloadManager:
             Loads ahead of need that have begun and that no lease has claimed.
         """
         with self._lock:
-            state = self._state
-            absent = (state == _ABSENT) | (state == _SPARE)
-            under_way = self.under_way
+            absent = self._state <= _SPARE
+            under_way = len(self._unclaimed())
         if self._even:
             return absent.reshape(len(self._layers), -1), under_way
         table = np.zeros((len(self._layers), max(self._experts.values())), bool)

@@ -85,6 +85,18 @@ def test_sequences_of_a_batch_are_merged_and_each_is_told_its_own_routes() -> No
     assert len(predictor.observed) == 2, "rows of a layer that are not the step's say nothing"
 
 
+def test_a_predictor_that_has_said_all_is_not_asked_after_every_layer() -> None:
+    class Settled(BrokenPredictor):
+        refines = False
+
+    follower = Follower(Settled(MODEL, at="refine"))
+    assert follower.refine() is None
+    forecast = follower.begin([span(0, 1, key=0), span(0, 2, key=1)], decode=True)
+    assert forecast is not None
+    assert follower.refine() is forecast.now
+    assert not follower.failure
+
+
 @pytest.mark.parametrize("at", ["forecast", "observe", "refine", "forget"])
 def test_a_predictor_that_fails_is_told_of_once_and_not_asked_again(at: str, caplog: pytest.LogCaptureFixture) -> None:
     follower = Follower(BrokenPredictor(MODEL, at=at))
@@ -298,6 +310,33 @@ def test_the_outlook_of_layers_with_unlike_numbers_of_experts_is_padded(tmp_path
         absent, under_way = engine.manager.outlook()
         assert absent.tolist() == [[True, True, False, False], [True, False, False, True]]
         assert under_way == 0
+
+
+def test_the_next_gate_is_asked_only_about_layers_the_forecast_is_unsure_of(tmp_path: Path) -> None:
+    chances = np.zeros((3, EXPERTS), np.float32)
+    chances[1, :2] = 0.95
+    chances[2, :5] = 0.4
+    model = RoutedModel(layers=(0, 1, 2), experts=(EXPERTS,) * 3, top_k=(2,) * 3, fingerprint="x")
+    gates = {layer: np.eye(EXPERTS, dtype=np.float32) for layer in range(3)}
+    asked: list[int] = []
+    with engine_with(tmp_path, 12) as engine:  # type: ignore[attr-defined]
+        loader = AheadLoader(
+            manager=engine.manager,
+            experts=dict.fromkeys(range(3), EXPERTS),
+            lookahead=Lookahead(gates=gates, norms={}, top_k=dict.fromkeys(range(3), 2)),
+            gate=GainGate("on"),
+            predictor=FixedPredictor(model, chances),
+        )
+        loader.begin([span(0, 1)], decode=True)
+        until(lambda: engine.manager.outlook()[1] == 0)
+        for layer in range(2):
+
+            def router_input(layer: int = layer) -> np.ndarray[Any, Any]:
+                asked.append(layer)
+                return np.zeros((1, EXPERTS), np.float32)
+
+            loader.after_router(layer, np.array([[4, 5]]), router_input, decode=True)
+    assert asked == [1]
 
 
 def test_a_predictor_that_listens_is_told_what_the_next_routers_say(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from expertier.routing.lookahead import Lookahead
 from expertier.routing.opening import policy_for
 from expertier.routing.path import PathScorer, PathShape
 from expertier.routing.predictor import HORIZONS, Forecast, RoutePredictor, merge
+from expertier.routing.products import times
 from expertier.routing.recorder import TraceRecorder
 from expertier.routing.saved import MANIFEST, Trained, load, load_predictor, save
 from expertier.routing.table import TableScorer, count_layers
@@ -262,6 +263,29 @@ def test_a_blend_listens_to_the_lookahead_where_it_is_given() -> None:
     refined = predictor.refine(0, {2: scores})
     assert (np.diff(refined[2]) > 0).all()
     assert np.ptp(refined[1]) == 0
+
+
+@pytest.mark.parametrize(("weight", "refines"), [(0.05, False), (0.5, True)])
+def test_a_blend_whose_table_repeats_the_path_says_all_before_the_first_layer(
+    trained: tuple[Trained, Windows], weight: float, refines: bool
+) -> None:
+    now = np.zeros((2, 5, 3, 6), np.float32)
+    now[..., 0] = 1.0
+    now[:, 1:, :, 2] = weight
+    blend = BlendWeights(now=now, soon=np.ones((len(HORIZONS), 3, 3), np.float32))
+    predictor = replace(trained[0], blend=blend).predictor()
+    text, routes = lawful_text(3)
+    forecast = predictor.forecast(0, text[:1])
+    predictor.observe(0, 0, routes[0, 0])
+    assert predictor.refines is refines
+    assert np.array_equal(predictor.refine(0)[1:], forecast.now[1:]) is not refines
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (5,)])
+def test_products_are_those_of_a_matrix_and_each_vector(shape: tuple[int, ...]) -> None:
+    dice = np.random.default_rng(0)
+    matrix, vectors = dice.standard_normal((7, 40)), dice.standard_normal((*shape, 40))
+    np.testing.assert_allclose(times(matrix, vectors), vectors @ matrix.T)
 
 
 def test_logistic_regression_finds_the_weights_that_made_the_data() -> None:

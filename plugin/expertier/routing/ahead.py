@@ -30,6 +30,7 @@ _DEAR = 0.05  # share of a step that forecasts may take where they only decide w
 _PACE = 0.1  # weight of one step in what they take
 _STREAM_FROM = 0.5  # share of a layer's experts in use from which the next layer is streamed whole
 
+_SURE = 0.7  # share of a layer's expected uses, by experts likelier than not, from which the lookahead adds nothing
 _INSISTED = 1  # layers ahead whose tokens' insistence is foreseen
 _LISTENED = 2  # layers whose routers a predictor is told about: those further on know too little
 
@@ -112,6 +113,7 @@ class AheadLoader:
         self.confidence = Confidence(len(experts), max(experts.values()))
         self._path = PathLoads(manager, sorted(experts), confidence=self.confidence, ahead=path_ahead)
         self._predicted = False  # whether the running step's path was predicted
+        self._unsure = np.zeros(len(experts), bool)  # layers of it about which the forecast knows little
         self._heeded = True  # whether the listener lets forecasts decide
         self._unheeded = 0  # steps since it was told one
         self._spent = 0.0  # seconds of the running step that its forecast took
@@ -177,6 +179,7 @@ class AheadLoader:
             return
         self._spent = (self._clock() - started) / self._unheeded  # it caught up with the steps between
         self._predicted = True
+        self._unsure = _unsure(forecast.now, self.confidence.factor())
         if self._listener is not None:
             self._heeded = self._listener(forecast)
         self._unheeded = 0
@@ -246,7 +249,7 @@ class AheadLoader:
         gate_input = functools.cache(gate_input)
         if self._predicted and self._follower is not None:
             self._path.top_up(lambda: self._refined(layer, gate_input), self._position[layer] + 1)
-        if self._lookahead is not None:  # the next layer's own gate knows some that the path does not
+        if self._lookahead is not None:
             self._look_ahead(layer, following, routes, gate_input)
 
     def _end_step(self) -> None:
@@ -285,7 +288,7 @@ class AheadLoader:
     def _look_ahead(self, layer: int, following: int, routes: NDArray[np.int64], gate_input: GateInput) -> None:
         assert self._lookahead is not None
         limit = min(self._ahead * len(routes), self._most)
-        if self._predicted and self._manager.under_way >= limit:
+        if self._predicted and (not self._unsure[self._position[following]] or self._manager.under_way >= limit):
             return
         resident = self._manager.resident(following)
         if resident.all():
@@ -297,3 +300,13 @@ class AheadLoader:
         likely = chances >= LEAST_CHANCE
         if likely.any():
             self._manager.prefetch(following, candidates[likely], chances[likely], limit=limit)
+
+
+def _unsure(chances: Chances, belief: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Layers about which a forecast knows so little that the next layer's own gate knows more, shape ``(layers,)``.
+
+    Looking ahead in every layer would cost more than the forecast.
+    """
+    known = np.where(chances >= LEAST_CHANCE, chances * belief, 0.0)
+    result: NDArray[np.bool_] = ~(known.sum(1) >= _SURE * chances.sum(1))  # nor about one that is no number
+    return result

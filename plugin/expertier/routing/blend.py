@@ -28,11 +28,12 @@ DISTANCES: Final = 5
 """Layers between the last one whose routes are known and the predicted one: 1 to 4; 0 before the step's first layer."""
 
 _LEAST = 1e-4  # chances are kept from 0 and 1 by this much
+_NOTHING_NEW = 0.1  # weight of the table beside the path's, of about 1, up to which it only repeats the path
 
 
 def logit(chances: Array) -> Array:
     """Return log-odds, of chances that are neither 0 nor 1."""
-    clipped = np.clip(chances, _LEAST, 1.0 - _LEAST)
+    clipped = np.minimum(np.maximum(chances, _LEAST), 1.0 - _LEAST)
     odds: Array = np.log(clipped / (1.0 - clipped))
     return odds
 
@@ -97,6 +98,10 @@ class BlendScorer:
         self._frequency = logit(frequency)
         self._weights = weights
         self.listens = bool(weights.now[1, :, :, INPUTS.index("lookahead")].any())  # fitted with the routers' inputs
+        # Without either a token's routes tell nothing about its later layers, and to say so after every layer takes
+        # longer than the forecast: the weights for what is known before the first layer are right all the way.
+        table = float(np.abs(weights.now[0, 1:, :, INPUTS.index("table")]).max())
+        self.refines = self.listens or "path" not in parts or table > _NOTHING_NEW
         self._steady = logit(frequency_forecast(frequency).soon)
 
     def remember(self) -> _Memory:
@@ -107,6 +112,8 @@ class BlendScorer:
         odds = self._frequency * weights.now[0, 0, :, 3, None]
         odds += weights.now[0, 0, :, 5, None]
         for name, part in self._parts.items():
+            if name == "table" and not self.refines:
+                continue
             memory.forecasts[name] = found = part.forecast(memory.parts[name], history)
             if name != "table":  # it knows nothing of this token yet
                 memory.odds[name] = logit(found.now)
@@ -120,6 +127,8 @@ class BlendScorer:
     def refine(
         self, memory: _Memory, history: History, forecast: Forecast, observed: int, scores: Scores | None
     ) -> Chances:
+        if not self.refines:
+            return forecast.now
         chances = forecast.now.copy()
         if not observed:
             return chances

@@ -54,11 +54,17 @@ class Follower:
         self._rows: list[int] = []  # their rows in it
         self._count = 0  # rows of the running step
         self._told = False
+        self._forecast: Forecast | None = None  # of the running step
 
     @property
     def listens(self) -> bool:
         """Whether the predictor makes use of what the lookahead says (:meth:`refine`)."""
         return bool(getattr(self.predictor, "listens", False))
+
+    @property
+    def refines(self) -> bool:
+        """Whether :meth:`refine` can say more than the forecast did."""
+        return bool(getattr(self.predictor, "refines", True))
 
     def begin(self, spans: Sequence[Span], *, decode: bool) -> Forecast | None:
         """A step begins.
@@ -109,7 +115,8 @@ class Follower:
             forecasts.append(forecast)
             self._step.append(number)
             self._rows.append(row)
-        return merge(forecasts) if forecasts else None
+        self._forecast = merge(forecasts) if forecasts else None
+        return self._forecast
 
     def _catch_up(self, number: int, known: _Known) -> int:
         """From which position on the predictor has to be told a sequence's tokens."""
@@ -132,7 +139,7 @@ class Follower:
             self._fail(error)
 
     def refine(self, scores: Sequence[Mapping[int, NDArray[np.float32]] | None] | None = None) -> Chances | None:
-        """Chances for the layers of this step that were not observed yet.
+        """Chances for the layers of this step that were not observed yet; those of other layers mean nothing.
 
         Parameters
         ----------
@@ -144,8 +151,10 @@ class Follower:
         ndarray of float32, shape (layers, experts), or None
             ``None`` when this step was not predicted.
         """
-        if not self._step:
+        if not self._step or self._forecast is None:
             return None
+        if not self.refines:
+            return self._forecast.now
         if scores is not None and len(scores) != self._count:
             scores = None
         try:

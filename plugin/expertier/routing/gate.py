@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from statistics import median
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,8 @@ _NORMAL = 1.4826 * 1.2533  # standard error of a median, from the median distanc
 _SURE = 1.0  # standard errors from which a difference decides: more would cost more steps of the worse kind
 _MEMORY = 0.995  # weight of the past in a layer's record, by step
 _BENEFIT = 2.0  # loads' worth of doubt a layer is given the benefit of
-_WIDEST = 1.25  # a predictor that is too modest is believed so much more
+WIDEST: Final = 1.25
+"""A predictor that is too modest is believed so much more, at most."""
 
 
 class Confidence:
@@ -44,25 +45,28 @@ class Confidence:
 
     def __init__(self, layers: int, experts: int) -> None:
         self._pending = np.zeros((layers, experts), np.float64)
+        self._begun: set[int] = set()  # layers that have any
         self._claimed = np.zeros(layers)
         self._used = np.zeros(layers)
 
     def factor(self, first: int = 0) -> NDArray[np.float64]:
         """By what the chances of each layer from `first` on are to be multiplied, shape ``(layers - first, 1)``."""
         ratio = (self._used[first:] + _BENEFIT) / (self._claimed[first:] + _BENEFIT)
-        return np.minimum(ratio, _WIDEST)[:, None]
+        return np.minimum(ratio, WIDEST)[:, None]
 
     def begun(self, layer: int, experts: NDArray[np.int64], chances: NDArray[np.float64]) -> None:
         """Note loads ahead for the layer at a position, by the chances the predictor gave."""
         self._pending[layer, experts] = chances
+        self._begun.add(layer)
 
     def settle(self, layer: int, routes: NDArray[np.int64]) -> None:
         """The router of the layer at a position has chosen: hold it against what was loaded for it."""
-        pending = self._pending[layer]
-        claimed = float(pending.sum())
-        self._claimed[layer] = _MEMORY * self._claimed[layer] + claimed
+        self._claimed[layer] *= _MEMORY
         self._used[layer] *= _MEMORY
-        if claimed:
+        if layer in self._begun:
+            self._begun.remove(layer)
+            pending = self._pending[layer]
+            self._claimed[layer] += pending.sum()
             self._used[layer] += np.count_nonzero(pending[np.unique(routes)])
             pending[:] = 0.0
 

@@ -64,7 +64,7 @@ class History:
 
     def note(self, place: int, routes: IntArray) -> None:
         """Note the routes of a layer for the present step's last tokens, shape ``(rows, top_k)`` or ``(top_k,)``."""
-        table = np.atleast_2d(routes)
+        table = routes if routes.ndim == 2 else routes[None]
         rows = min(len(table), self.length - self.step)
         self._routes[self.length - rows : self.length, place, : table.shape[1]] = table[len(table) - rows :]
 
@@ -108,6 +108,11 @@ class SequencePredictor:
     def listens(self) -> bool:
         """Whether :meth:`refine` makes use of what the lookahead says."""
         return bool(getattr(self.scorer, "listens", False))
+
+    @property
+    def refines(self) -> bool:
+        """Whether :meth:`refine` says more than :meth:`forecast` did."""
+        return bool(getattr(self.scorer, "refines", True))
 
     def forecast(self, sequence: int, tokens: IntArray, *, start: int | None = None) -> Forecast:
         state = self._open.get(sequence)

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from expertier.routing.products import times
+
 _MEMORY = 0.98  # weight of the past in the running precision of each rank
 
 
@@ -80,7 +82,7 @@ class Lookahead:
             several rank it.
         """
         following = self._next[layer]
-        scores = np.atleast_2d(hidden) @ self._weights[layer].T
+        scores = times(self._weights[layer], np.atleast_2d(hidden))
         width = min(2 * self._top_k[following], scores.shape[1])
         best = np.argpartition(-scores, width - 1, axis=1)[:, :width]
         order = np.argsort(-np.take_along_axis(scores, best, axis=1), axis=1)
@@ -121,7 +123,7 @@ class Lookahead:
         for later in self._layers[place + 1 : place + 1 + ahead]:
             norm = self._norms.get(later)
             given: NDArray[np.float32] = hidden if here is None or norm is None else plain * norm
-            found[later] = given @ self._gates[later].T
+            found[later] = times(self._gates[later], given)
         return found
 
     def following(self, layer: int) -> int | None:

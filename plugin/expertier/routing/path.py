@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from expertier.routing.history import History
 from expertier.routing.predictor import HORIZONS, Chances, Forecast, RoutedModel, Scores
+from expertier.routing.products import times
 
 Array = NDArray[np.float32]
 
@@ -102,6 +103,8 @@ class PathScorer:
         As :meth:`PathShape.tensors` says.
     """
 
+    refines = False  # before the first layer it has said all it knows
+
     def __init__(self, model: RoutedModel, shape: PathShape, weights: dict[str, Array]) -> None:
         self.shape = shape
         self._cells = model.shape
@@ -132,11 +135,11 @@ class PathScorer:
         x = self._read(memory, history)
         recent, told = self._tell(memory, history)
         norm, weight, bias, outer = self._inner
-        hidden = weight @ np.concatenate([_normed(x) * norm, told.ravel()])
+        hidden = times(weight, np.concatenate([_normed(x) * norm, told.ravel()]))
         hidden += bias
         value, gate = hidden[: self.shape.inner], hidden[self.shape.inner :]
-        x = x + outer @ (value * _silu(gate))
-        heads = self._head @ _normed(x)
+        x = x + times(outer, value * _silu(gate))
+        heads = times(self._head, _normed(x))
         heads += self._head_bias
         heads = heads.reshape(3, -1)
         heads[1:] += np.einsum("hdc,dc->hc", self._recent, recent)
@@ -152,7 +155,7 @@ class PathScorer:
     def refine(
         self, memory: _Memory, history: History, forecast: Forecast, observed: int, scores: Scores | None
     ) -> Chances:
-        return forecast.now  # it has said all it knows
+        return forecast.now
 
     # ---- tokens
 
@@ -212,13 +215,13 @@ class PathScorer:
         width = self.shape.width
         for place, (norm, mix, bias, out) in enumerate(self._blocks):
             normed = _normed(x) * norm
-            gates = mix @ np.concatenate([normed, memory.before[place]])
+            gates = times(mix, np.concatenate([normed, memory.before[place]]))
             gates += bias
             gate = sigmoid(gates[:width])
             state = memory.states[place]
             state += gate * (gates[width : 2 * width] - state)
             memory.before[place] = normed
-            x = x + out @ (state * _silu(gates[2 * width :]))
+            x = x + times(out, state * _silu(gates[2 * width :]))
         memory.length += 1
         return x
 

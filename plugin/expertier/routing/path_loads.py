@@ -8,13 +8,14 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from expertier.routing.gate import Confidence
+from expertier.routing.gate import WIDEST, Confidence
 from expertier.routing.predictor import Chances
-from expertier.routing.prefetch_plan import plan_loads
+from expertier.routing.prefetch_plan import DOUBTFUL_CHANCE, plan_loads
 
 _BUSY_WITH = 3  # loads ahead of need that keep the device busy until the next router has chosen
 _IDLE_FROM = 0.25  # share of layers that found the device idle from which doubtful loads are begun, too
 _PACE = 0.02  # weight of one layer in that share
+_LEAST = DOUBTFUL_CHANCE / WIDEST  # below it nothing is loaded, whatever the confidence
 
 
 class Prefetcher(Protocol):
@@ -84,11 +85,15 @@ class PathLoads:
         """
         self._idle += _PACE * (self._manager.idle - self._idle)
         absent, under_way = self._manager.outlook()
-        if under_way >= self._ahead or not absent[first:].any() or (chances := predict()) is None:
+        absent = absent[first:]
+        if under_way >= self._ahead or not absent.any() or (chances := predict()) is None:
+            return 0
+        absent = absent & (chances[first:] >= _LEAST)
+        if not absent.any():
             return 0
         believed = chances[first:] * self._confidence.factor(first)
         doubtful = _BUSY_WITH - under_way if self._idle >= _IDLE_FROM else 0
-        rows, experts = plan_loads(believed, absent[first:], most=self._ahead - under_way, doubtful=doubtful)
+        rows, experts = plan_loads(believed, absent, most=self._ahead - under_way, doubtful=doubtful)
         begun = 0
         cuts = np.flatnonzero(np.diff(rows)) + 1
         for start, stop in zip([0, *cuts.tolist()], [*cuts.tolist(), len(rows)], strict=True):
