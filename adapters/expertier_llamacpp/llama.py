@@ -6,7 +6,6 @@ import atexit
 import ctypes
 import functools
 import logging
-import math
 import os
 import sys
 import threading
@@ -131,8 +130,8 @@ class Llama(ExactRequests, llama_cpp.Llama):
         self.virtual = None
         if settings is not None:
             refuse_unknown(self.catalog.architecture)
-            if settings.bias == math.inf:
-                _refuse_groups(layouts[0].metadata, self.catalog.architecture)
+            metadata: Mapping[str, Any] = layouts[0].metadata
+            settings.check_groups(int(metadata.get(f"{self.catalog.architecture}.expert_group_count", 0)))
             self.virtual = VirtualExperts([layer.layer for layer in self.catalog.layers], settings)
         try:
             self._construct(model_path, kwargs, options, layouts, sequences)
@@ -170,7 +169,7 @@ class Llama(ExactRequests, llama_cpp.Llama):
                     policy=policy_for(options, predictor, lossy=self.virtual is not None),
                     half_life=options.half_life,
                     io_threads=options.io_threads,
-                    fill=True,
+                    fill=not hard,  # its swaps fill free room, too, and let nobody notice
                     every_layer=hard,
                 ),
             )
@@ -433,15 +432,6 @@ def _refuse_options(kwargs: dict[str, Any], sequences: int) -> None:
         )
     if kwargs.get("vocab_only"):
         raise UnsupportedOptionError("vocab_only loads no experts.", "Use llama_cpp.Llama for it.")
-
-
-def _refuse_groups(metadata: Mapping[str, Any], architecture: str) -> None:
-    if int(metadata.get(f"{architecture}.expert_group_count", 0)) > 1:
-        raise UnsupportedOptionError(
-            "virtual_hard is not possible with routers that choose groups of experts first: in the chosen groups too "
-            "few experts may be resident.",
-            "Use virtual_bias.",
-        )
 
 
 def _make_lookahead(catalog: Catalog, routers: Mapping[int, Weights], layouts: Any) -> Lookahead | None:

@@ -12,6 +12,8 @@ Upstream symbols that are touched, all of them public:
   that is about to be constructed.
 * ``llama_cpp.Llama`` is replaced: it is the class that function constructs, and whose methods the routes call.
 
+``GET /expertier/stats`` and ``GET /metrics`` tell what it counts, as JSON and for Prometheus.
+
 With ``--max-sequences 8`` the two routes of completions are ours (:mod:`expertier_llamacpp.batch.routes`): many
 requests are computed together, where the stock ones hold a lock for one at a time.
 """
@@ -32,7 +34,7 @@ import llama_cpp
 import pydantic
 import uvicorn
 from fastapi import Depends, HTTPException, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from llama_cpp.server import app as stock_app
 from llama_cpp.server.cli import add_args_from_model, parse_model_from_args
 from llama_cpp.server.model import LlamaProxy
@@ -43,6 +45,7 @@ from expertier.errors import ExpertierError, UnsupportedOptionError
 from expertier.quality.serving import describe_losses
 from expertier.scheduling import BATCHERS, Fairness, make_batcher
 from expertier.scheduling.fairness import PREFIX as FAIRNESS
+from expertier.telemetry.metrics import CONTENT_TYPE, expose
 from expertier_llamacpp.batch import BatchEngine
 from expertier_llamacpp.batch.routes import batch_router
 from expertier_llamacpp.exact import ExactnessMiddleware
@@ -186,6 +189,10 @@ def create_app(server: ServerSettings, models: Sequence[ModelSettings]) -> FastA
     app.add_api_route(
         "/expertier/stats", _stats, dependencies=[Depends(stock_app.authenticate)], tags=["Expertier"], methods=["GET"]
     )
+    app.add_api_route(
+        "/metrics", _metrics, dependencies=[Depends(stock_app.authenticate)], tags=["Expertier"], methods=["GET"],
+        response_model=None,
+    )  # fmt: skip
     app.state.budget_endpoint = any(getattr(model, "budget_endpoint", False) for model in models)
     app.add_api_route(
         "/expertier/budget", _resize, dependencies=[Depends(stock_app.authenticate)], tags=["Expertier"],
@@ -235,6 +242,15 @@ def _stats(request: Request) -> dict[str, Any]:
     stats |= describe_losses(model.virtual, model.quality)
     engine = getattr(request.app.state, "batch_engine", None)
     return stats if engine is None else {**stats, "engine": engine.stats().as_dict()}
+
+
+def _metrics() -> Response:
+    """The same counters in Prometheus' text format, under the names they have in vLLM; one process, so of rank 0."""
+    model = _loaded()
+    if model is None:
+        return Response(media_type=CONTENT_TYPE)
+    record = {"rank": 0, **model.offload.stats().as_dict(), **describe_losses(model.virtual, model.quality)}
+    return Response(expose([record]), media_type=CONTENT_TYPE)
 
 
 class _Budget(pydantic.BaseModel, extra="forbid"):

@@ -19,8 +19,9 @@ from expertier.comparison.schedulers import TrafficServer
 from expertier.config import OffloadOptions
 from expertier.errors import ExpertierError, UnsupportedEngineError, UnsupportedModelError, UnsupportedOptionError
 from expertier.telemetry import Stats
+from expertier.telemetry.metrics import Record
 from expertier_vllm.compat import CPU_BUILD, VERIFIED
-from expertier_vllm.metrics import Record, substituted_mass, summed
+from expertier_vllm.metrics import substituted_mass, summed
 from expertier_vllm.offline import GIVEN_TOKENS, GivenTexts, Steps, open_engine, prepare_environment
 from expertier_vllm.offloaders import offloading_variants
 

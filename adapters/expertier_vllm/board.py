@@ -20,7 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-from expertier_vllm.metrics import Record, log_line, read_stats
+from expertier.telemetry.metrics import Record, read_stats
+from expertier_vllm.metrics import log_line
 
 _SHARED_MEMORY: Final = Path("/dev/shm")
 _WRITE_SECONDS: Final = 1.0
@@ -186,7 +187,7 @@ def publish(instance: str) -> None:
         return
     from prometheus_client import REGISTRY
 
-    from expertier_vllm.metrics import Collector
+    from expertier.telemetry.metrics import Collector
 
     board = Board(instance)
     REGISTRY.register(Collector(board.read))

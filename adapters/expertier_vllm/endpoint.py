@@ -22,8 +22,9 @@ from fastapi.responses import JSONResponse
 
 from expertier.budget import parse_budget
 from expertier.errors import BudgetError, ExpertierError, UnsupportedOptionError
+from expertier.telemetry.metrics import CONTENT_TYPE, Record, expose
 from expertier_vllm.compat import engine
-from expertier_vllm.metrics import CONTENT_TYPE, Record, expose, report
+from expertier_vllm.metrics import report
 from expertier_vllm.options import VllmOptions
 
 _STATS: Final = "expertier_stats"

@@ -21,7 +21,8 @@ from expertier.comparison.job import answer_job
 from expertier.comparison.quality import DecodedLogits, wants_logits
 from expertier.errors import ExpertierError
 from expertier.telemetry import PhaseCounters, Stats
-from expertier_vllm.metrics import Record, substituted_mass, summed
+from expertier.telemetry.metrics import Record
+from expertier_vllm.metrics import substituted_mass, summed
 from expertier_vllm.offline import GIVEN_TOKENS, GivenTexts, Steps, greedy, open_engine, prepare_environment
 
 _CACHE_BYTES = 256 << 20

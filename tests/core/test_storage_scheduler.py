@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expertier.errors import ExpertLoadError
-from expertier.storage import DEMAND, PAGE, PREFETCH, IoScheduler, ReadRequest
+from expertier.storage import BACKGROUND, DEMAND, PAGE, PREFETCH, IoScheduler, ReadRequest
 from support.fake_engine import WATCHDOG, ScriptedFile, Worker, aligned
 
 pytestmark = pytest.mark.timeout(60)
@@ -127,6 +129,49 @@ def test_a_promoted_prefetch_overtakes_the_others(path: Path) -> None:
         ledger.expect(2)
         assert pages_read(file) == [0, 10, 11, 1, 2]
         assert io.prefetch_bytes_read == 3 * PAGE, "what was promoted before it was read counts as demand"
+
+
+def test_what_is_in_no_hurry_is_overtaken_by_a_prefetch_between_chunks(path: Path) -> None:
+    with scheduler(path) as (io, file, ledger):
+        file.hold()
+        io.submit([request(file, 0, 3, BACKGROUND)])
+        file.await_held(1)
+        io.submit([request(file, 10, 2, PREFETCH)])
+        file.let_all()
+        ledger.expect(2)
+        assert pages_read(file) == [0, 10, 11, 1, 2]
+
+
+def test_in_the_background_threads_do_not_share_a_request_and_rest_after_each_chunk(path: Path) -> None:
+    times: list[tuple[float, float]] = []
+
+    class Slow(ScriptedFile):
+        def read_into(self, view: memoryview, offset: int, needed: int) -> None:
+            began = time.monotonic()
+            super().read_into(view, offset, needed)
+            time.sleep(0.002)
+            times.append((began, time.monotonic()))
+
+    file, ledger = Slow(path), Ledger()
+    with closing(IoScheduler(ledger, threads=2, chunk_bytes=CHUNK)) as io, closing(file):
+        io.submit([request(file, 0, 4, BACKGROUND)])
+        ledger.expect(1)
+    assert len(times) == 4
+    for (began, ended), (following, _) in itertools.pairwise(times):
+        assert following - ended >= 2.9 * (ended - began)  # a quarter of the time, at most
+
+
+def test_a_promoted_read_in_the_background_does_not_rest(path: Path) -> None:
+    with scheduler(path) as (io, file, ledger):
+        wanted = request(file, 0, 3, BACKGROUND)
+        file.hold()
+        io.submit([wanted])
+        file.await_held(1)
+        io.promote(wanted)
+        io.submit([request(file, 10, 1, PREFETCH)])
+        file.let_all()
+        ledger.expect(2)
+        assert pages_read(file) == [0, 1, 2, 10]
 
 
 def test_promoting_what_is_wholly_in_flight_or_done_changes_nothing(path: Path) -> None:
@@ -291,7 +336,7 @@ def test_close_may_be_called_from_a_completion(path: Path) -> None:
 
 OPERATIONS = st.lists(
     st.one_of(
-        st.tuples(st.just("submit"), st.integers(1, 5), st.sampled_from([DEMAND, PREFETCH])),
+        st.tuples(st.just("submit"), st.integers(1, 5), st.sampled_from([DEMAND, PREFETCH, BACKGROUND])),
         st.tuples(st.just("cancel"), st.integers(0, 30), st.just(0)),
         st.tuples(st.just("promote"), st.integers(0, 30), st.just(0)),
         st.tuples(st.just("fail"), st.integers(0, FILE_PAGES - 1), st.just(0)),
@@ -347,7 +392,9 @@ def test_every_request_completes_exactly_once_among_threads_that_disagree(path: 
     for _ in range(3):
         file.fail(dice.randrange(FILE_PAGES) * PAGE, 1)
     requests = [
-        request(file, dice.randrange(FILE_PAGES - 4), dice.randint(1, 4), dice.choice([DEMAND, PREFETCH]), tag)
+        request(
+            file, dice.randrange(FILE_PAGES - 4), dice.randint(1, 4), dice.choice([DEMAND, PREFETCH, BACKGROUND]), tag
+        )
         for tag in range(300)
     ]
 

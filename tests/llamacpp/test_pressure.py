@@ -108,6 +108,11 @@ def test_the_budget_changes_over_http_where_that_was_turned_on(model: Path, enab
         assert virtual["bias"] == 0.2
         assert virtual["tokens"] > 0
         assert len(virtual["substituted_share"]) == len(virtual["substituted_mass"]) == SPEC.layers
+        metrics = client.get("/metrics")
+        assert metrics.headers["content-type"].startswith("text/plain; version=0.0.4")
+        assert 'expertier_virtual_bias{rank="0"} 0.2' in metrics.text
+        assert f'expertier_substituted_share{{layer="0",rank="0"}} {virtual["substituted_share"][0]}' in metrics.text
+        assert "expertier_budget_bytes" in metrics.text and "expertier_quality" not in metrics.text
         refused = client.post("/expertier/budget", json={"budget": "1KiB"})
         assert (refused.status_code, refused.json()["error"]["type"]) == (400, "BudgetError")
         assert client.post("/expertier/budget", json={"budgit": 1}).status_code == 422

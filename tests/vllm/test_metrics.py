@@ -25,10 +25,11 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
+from expertier.telemetry.metrics import Collector, expose, read_stats
 from expertier_vllm import board as board_module
 from expertier_vllm.board import Board, Reporter
 from expertier_vllm.endpoint import EndpointPlugin
-from expertier_vllm.metrics import Collector, expose, log_line, read_stats, report
+from expertier_vllm.metrics import log_line, report
 
 STATS = Stats(
     budget_bytes=1000,
@@ -50,6 +51,12 @@ STATS = Stats(
 
 def record(rank: int = 0, **changes: Any) -> dict[str, Any]:
     return {**dataclasses.replace(STATS, **changes).as_dict(), "rank": rank, "mode": f"mode of {rank}"}
+
+
+def test_an_infinite_bias_is_told_as_infinity() -> None:
+    losses = {"bias": None, "tokens": 1, "exact_tokens": 0, "layers": (0,)}
+    told = {**record(), "virtual": {**losses, "substituted_share": (0.5,), "substituted_mass": (0.25,)}}
+    assert 'expertier_virtual_bias{rank="0"} +Inf' in expose([told]).decode()
 
 
 def samples(text: str) -> dict[tuple[str, ...], float]:

@@ -1,8 +1,9 @@
-"""I/O threads with two priorities: demand reads overtake prefetches between chunks."""
+"""I/O threads with three priorities: demand reads overtake prefetches between chunks, and both what is in no hurry."""
 
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,6 +15,11 @@ DEMAND = 0
 """A layer is waiting, or about to wait, for these bytes."""
 PREFETCH = 1
 """Nobody waits yet; runs only when no demand chunk is queued."""
+BACKGROUND = 2
+"""Nobody will wait, and whoever computes is not to notice: small chunks, one at a time, with a rest after each."""
+
+_BACKGROUND_CHUNK = 512 << 10
+_BACKGROUND_SHARE = 0.25  # of the time that such reads may take
 
 
 Transfer = Callable[[int, int, int], None]
@@ -38,7 +44,7 @@ class ReadRequest:
     tag : object
         Handed back to the completion callback.
     priority : int
-        :data:`DEMAND` or :data:`PREFETCH`.
+        :data:`DEMAND`, :data:`PREFETCH` or :data:`BACKGROUND`.
     check : callable, optional
         Called with the bytes that were needed when all have arrived, in an I/O thread and without locks; what it
         raises is the request's error.
@@ -84,7 +90,9 @@ class IoScheduler:
     def __init__(self, on_done: Completion, *, threads: int = 2, chunk_bytes: int = 2 << 20) -> None:
         self._on_done = on_done
         self._chunk = chunk_bytes
-        self._queues: tuple[deque[ReadRequest], deque[ReadRequest]] = (deque(), deque())
+        self._queues: tuple[deque[ReadRequest], ...] = (deque(), deque(), deque())
+        self._background = False  # whether a chunk in the background is in flight
+        self._rest_until = 0.0
         self._wake = threading.Condition()
         self._closed = False
         self.bytes_read = 0
@@ -105,15 +113,16 @@ class IoScheduler:
             self._wake.notify_all()  # also for a single request: threads share its chunks
 
     def promote(self, request: ReadRequest) -> None:
-        """Turn a prefetch into a demand read; its remaining chunks overtake all prefetches."""
+        """Turn a read that nobody waited for into a demand read; its remaining chunks overtake all others."""
         with self._wake:
-            if request.priority == PREFETCH:
-                request.priority = DEMAND
+            if request.priority != DEMAND:
+                queue, request.priority = self._queues[request.priority], DEMAND
                 try:
-                    self._queues[PREFETCH].remove(request)
+                    queue.remove(request)
                 except ValueError:
                     return  # every chunk is already in flight
                 self._queues[DEMAND].append(request)
+                self._wake.notify_all()  # those who rest between chunks in the background, too
 
     def cancel(self, request: ReadRequest) -> None:
         """Give up the chunks not yet started; completion follows when those in flight have ended."""
@@ -129,23 +138,40 @@ class IoScheduler:
                 return
         self._on_done(request, None, True)
 
+    def _next_queue(self) -> deque[ReadRequest] | None:
+        """Where the next chunk is to come from; the lock is held."""
+        for queue in self._queues[:BACKGROUND]:
+            if queue:
+                return queue
+        quiet = not self._background and time.monotonic() >= self._rest_until
+        return self._queues[BACKGROUND] if quiet and self._queues[BACKGROUND] else None
+
+    def _patience(self) -> float | None:
+        """How long to wait for something to do, in seconds; the lock is held."""
+        if self._background or not self._queues[BACKGROUND]:
+            return None
+        return max(0.0, self._rest_until - time.monotonic())
+
     def _run(self) -> None:
         while True:
             with self._wake:
-                while not (self._queues[DEMAND] or self._queues[PREFETCH]):
+                while (queue := self._next_queue()) is None:
                     if self._closed:
                         return
-                    self._wake.wait()
-                queue = self._queues[DEMAND] or self._queues[PREFETCH]
+                    self._wake.wait(self._patience())
                 request = queue[0]
+                background = request.priority == BACKGROUND
+                chunk_bytes = min(self._chunk, _BACKGROUND_CHUNK) if background else self._chunk
                 start = request._next
-                stop = min(start + self._chunk, len(request.view))
-                if len(request.view) - stop < self._chunk // 4:
+                stop = min(start + chunk_bytes, len(request.view))
+                if len(request.view) - stop < chunk_bytes // 4:
                     stop = len(request.view)  # no tiny tail chunks
                 request._next = stop
                 request._in_flight += 1
+                self._background |= background
                 if stop == len(request.view):
                     queue.popleft()
+            began = time.monotonic()
             error: BaseException | None = None
             try:
                 if request.transfer is not None:
@@ -158,10 +184,14 @@ class IoScheduler:
             except BaseException as caught:  # carried to whoever waits for this expert
                 error = caught
             with self._wake:
+                if background:
+                    now = time.monotonic()
+                    self._background, self._rest_until = False, now + (now - began) * (1 / _BACKGROUND_SHARE - 1)
+                    self._wake.notify_all()
                 request._in_flight -= 1
                 if error is None:
                     self.bytes_read += stop - start
-                    if request.priority == PREFETCH:
+                    if request.priority != DEMAND:
                         self.prefetch_bytes_read += stop - start
                 elif request._error is None:
                     request._error = error

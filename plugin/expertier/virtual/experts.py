@@ -83,6 +83,21 @@ class VirtualSettings:
         bias = math.inf if hard else float(options.virtual_bias or 0)
         return cls(bias=bias, protect=protect, prefill=options.virtual_prefill == "on")
 
+    def check_groups(self, groups: int) -> None:
+        """Refuse a hard mask over routers that choose among so many groups of experts first.
+
+        Raises
+        ------
+        UnsupportedOptionError
+            The bias is infinite, and there is more than one group.
+        """
+        if self.bias == math.inf and groups > 1:
+            raise UnsupportedOptionError(
+                "virtual_hard is not possible with routers that choose groups of experts first: in the chosen groups "
+                "too few experts may be resident.",
+                "Use virtual_bias.",
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class VirtualStats:
