@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from expertier.errors import (
     RequestTooLongError,
     UnsupportedOptionError,
 )
-from expertier.scheduling import BATCHERS
+from expertier.scheduling import BATCHERS, PathBook
 from expertier.storage import StorageFile
 from expertier_llamacpp import BatchEngine
 from expertier_llamacpp.batch import Output, Request, Sampling
@@ -253,6 +254,34 @@ def test_every_scheduler_answers_everybody_with_the_same_tokens_as_first_come_fi
     assert [output.tokens for output in outputs] == [
         output.tokens for output in finished(alone.generate(prompts, max_tokens=4, temperature=0))
     ]
+
+
+@pytest.mark.parametrize("broken", ["batcher", "forecast", "routes"])
+def test_when_regrouping_fails_everybody_is_answered_once_in_order_of_arrival_and_that_is_said_once(
+    load: Load, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, broken: str
+) -> None:
+    def fail(*_arguments: Any, **_options: Any) -> Any:
+        raise RuntimeError("no idea")
+
+    engine = load(max_sequences=2, scheduling="similarity")
+    place = {"batcher": (engine.admission.batcher, "choose"), "forecast": (PathBook, "of_waiting")}
+    monkeypatch.setattr(*place.get(broken, (PathBook, "observe")), fail)
+    told = []
+    with caplog.at_level(logging.WARNING, logger="expertier"):
+        for output in engine.generate([[number] * 4 for number in range(10)], max_tokens=3, logit_bias=ENDLESS):
+            told.append(output.index)
+            assert len(output.tokens) == 3
+    assert told == list(range(10))
+    assert [record.message for record in caplog.records if "no idea" in record.message] == [caplog.messages[0]]
+
+
+def test_identical_requests_get_the_same_tokens_and_a_single_one_is_served(load: Load) -> None:
+    engine = load(max_sequences=3, scheduling="similarity", n_ctx=512)
+    options: Any = {"max_tokens": 5, "temperature": 0, "logit_bias": ENDLESS}
+    outputs = finished(engine.generate([PROMPTS[0]] * 9, **options))
+    assert {len(output.tokens) for output in outputs} == {5}
+    assert len({output.tokens for output in outputs}) == 1
+    assert one(engine, PROMPTS[0], **options).tokens == outputs[0].tokens
 
 
 def test_places_that_stay_empty_until_two_are_free_change_no_tokens_and_join_prompts(load: Load) -> None:
