@@ -41,6 +41,7 @@ def test_every_scheduler_serves_the_same_requests_to_their_end(
     ]
     assert all(run["tokens_per_second"] > 0 and run["first_token_p99"] > 0 for run in runs)
     assert all(run["loads_per_token"] > 0 and run["bytes_per_token"] > 0 for run in runs)
+    assert all(0 < run["stalled"] < 1 for run in runs)
     assert all(run["most_overtaken"] == 0 for run in runs if run["arm"] == "fcfs")
     assert data["traffic"]["timing"] is None
     assert json.loads((out / "traffic.json").read_text())["runs"] == runs

@@ -14,7 +14,7 @@ from expertier.cli.app import app
 from expertier.errors import TraceTooShortError, UnsupportedOptionError
 from expertier.routing.recorder import TraceRecorder
 from expertier.routing.trace import read_trace
-from expertier.scheduling import Admission
+from expertier.scheduling import Admission, Fairness, PathBook, Worth, make_batcher
 from expertier.simulation import load_events, replay
 from expertier.simulation.requests import RecordedRequest, Texts, Traffic, cut_requests, poisson
 from expertier.simulation.scheduling import ARMS, TrafficPlan, TrafficSimulator, check_arms
@@ -62,6 +62,7 @@ def test_one_request_after_the_other_loads_what_a_replay_of_the_trace_loads(tmp_
     assert found.loads == int(replay(events, "lfu", budget).misses.sum())
     assert found.bytes_read == 4096 * found.loads
     assert found.output_tokens == 90 and found.steps == 90
+    assert found.seconds - found.stalled == pytest.approx(found.steps * TIMING.compute)
 
 
 def test_a_batch_of_all_is_one_decode_step_per_token() -> None:
@@ -89,6 +90,29 @@ def test_requests_of_a_kind_together_load_less_than_mixed(arm: str) -> None:
     runs = [simulator.run(plan, ["fcfs", arm], seed) for seed in range(3)]
     mixed, grouped = (sum(run[place].loads_per_token for run in runs) for place in (0, 1))
     assert grouped < 0.93 * mixed
+
+
+def test_prompts_that_are_computed_together_load_less() -> None:
+    requests = cut_requests(texts(64), 48, domains=None, prompt=(12, 16), output=(20, 40), seed=0)
+    found = []
+    for held in (0, 64):
+        book = PathBook(4, 16)
+        admission = Admission(make_batcher("similarity"), book, fairness=Fairness(held=held), worth=Worth("on"))
+        found.append(
+            serve(
+                Traffic(requests=requests, clients=48),
+                SHAPE.layers,
+                lambda clock, admission=admission: admission,
+                batch=8,
+                budget=HALF // 2,
+                timing=TIMING,
+            )
+        )
+        assert (admission.stats.held > 0) == (held > 0)
+    at_once, together = found
+    assert together.requests == at_once.requests == 48
+    assert together.steps - together.decode_steps < at_once.steps - at_once.decode_steps
+    assert together.loads < at_once.loads
 
 
 def test_with_room_for_everybody_the_arms_are_equal() -> None:

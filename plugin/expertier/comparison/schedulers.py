@@ -122,6 +122,7 @@ def serve_queue(server: TrafficServer, queue: Queue, *, layers: int) -> Served:
         loads=decode.misses + prefill.misses,
         bytes_read=after.bytes_read - before.bytes_read,
         seconds=seconds,
+        stalled=decode.stall_seconds + prefill.stall_seconds,
         first_token=first,
         most_overtaken=server.admission.stats.most_overtaken,
         unique=decode.requests / max(1, decode.steps * layers),

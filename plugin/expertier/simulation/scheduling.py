@@ -91,6 +91,8 @@ class TrafficRun:
         Seconds from arrival to the first token.
     most_overtaken : int
         Later arrivals that ran before the same request.
+    stalled : float
+        Part of the time in which steps waited for loads.
     """
 
     arm: str
@@ -104,6 +106,7 @@ class TrafficRun:
     first_token_p50: float
     first_token_p99: float
     most_overtaken: int
+    stalled: float
 
     @classmethod
     def of(cls, served: Served, *, arm: str, seed: int, batch: int) -> TrafficRun:
@@ -121,6 +124,7 @@ class TrafficRun:
             first_token_p50=float(p50),
             first_token_p99=float(p99),
             most_overtaken=served.most_overtaken,
+            stalled=served.stalled / served.seconds,
         )
 
 

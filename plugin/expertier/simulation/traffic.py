@@ -32,6 +32,8 @@ class Served:
         Of all steps.
     seconds : float
         From the first arrival to the last token.
+    stalled : float
+        Seconds of these in which steps waited for loads.
     first_token : ndarray of float64, shape (requests,)
         Seconds each request waited for its first token, in order of arrival.
     most_overtaken : int
@@ -49,6 +51,7 @@ class Served:
     loads: int
     bytes_read: int
     seconds: float
+    stalled: float
     first_token: NDArray[np.float64]
     most_overtaken: int
     unique: float
@@ -109,7 +112,7 @@ def serve(
         budget=budget,
         config=ManagerConfig(policy=policy, io_threads=1),
     )
-    now = 0.0
+    now = stalled = 0.0
     admission = make_admission(lambda: now)
     numbers = [layer.layer for layer in layers]
     width = max(layer.experts for layer in layers)
@@ -171,7 +174,10 @@ def serve(
             manager.end_step()
             admission.observe(names, tokens, routes)
             admission.step(len(tokens) if decode else 0, pool.loads - before)
-            now += _seconds(reads, counts, stages, timing, timing.compute + token_seconds * (len(tokens) - 1))
+            compute = timing.compute + token_seconds * (len(tokens) - 1)
+            seconds = _seconds(reads, counts, stages, timing, compute)
+            now += seconds
+            stalled += seconds - compute
             steps += 1
             if decode:
                 decode_steps += 1
@@ -203,6 +209,7 @@ def serve(
         loads=pool.loads,
         bytes_read=pool.bytes_read,
         seconds=now,
+        stalled=stalled,
         first_token=first,
         most_overtaken=admission.stats.most_overtaken,
         unique=unique / max(1, decode_steps * len(numbers)),
