@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from expertier.manager import OffloadManager
 from expertier.residency.base import IntArray
+from expertier.routing.products import times
 
 HALF_LIFE = 64.0
 """Tokens after which what a running request used counts half."""
@@ -108,7 +109,7 @@ class PathBook:
     def _follow(self, request: Hashable, used: NDArray[np.float32]) -> None:
         count = len(used)
         weights = self._steady ** np.arange(count - 1, -1, -1, dtype=np.float32)
-        fresh = weights @ used
+        fresh = times(used.T, weights)
         before = self._paths.get(request)
         # Kept as a sum over tokens with a decay, its weight in the last place.
         if before is None:

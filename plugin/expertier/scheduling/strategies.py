@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from expertier.residency.base import IntArray
+from expertier.routing.products import pairs, times
 from expertier.scheduling.base import Round
 
 _COMPARED = 64
@@ -46,8 +47,8 @@ class Similarity:
     def choose(self, now: Round) -> IntArray:
         root = np.sqrt(now.usual)
         waiting = unit(np.sqrt(now.waiting), root)
-        alike = waiting @ unit(np.sqrt(now.running), root).T
-        among = waiting @ waiting[:_COMPARED].T
+        alike = pairs(waiting, unit(np.sqrt(now.running), root))
+        among = pairs(waiting, waiting[:_COMPARED])
         np.fill_diagonal(among, -np.inf)
         chosen: list[int] = []
         for _ in range(min(now.room, len(waiting))):
@@ -56,7 +57,7 @@ class Similarity:
             score[chosen] = -np.inf
             place = int(score.argmax())
             chosen.append(place)
-            alike = np.column_stack([alike, waiting @ waiting[place]])
+            alike = np.column_stack([alike, times(waiting, waiting[place])])
             if place < among.shape[1]:
                 among[:, place] = -np.inf
         return np.array(chosen, np.int64)
@@ -87,7 +88,7 @@ class Greedy:
         chosen: list[int] = []
         free = np.ones(len(now.waiting), bool)
         for _ in range(min(now.room, len(now.waiting))):
-            cost = now.waiting @ price
+            cost = times(now.waiting, price)
             cost[~free] = np.inf
             place = int(cost.argmin())
             chosen.append(place)
@@ -106,7 +107,7 @@ class Balanced:
 
     def choose(self, now: Round) -> IntArray:
         waiting = unit(now.waiting, now.usual)
-        alike = waiting @ waiting.T
+        alike = pairs(waiting, waiting)
         members = np.arange(len(waiting))
         while len(members) > now.room:
             members = self._half(alike, members, now.room)
