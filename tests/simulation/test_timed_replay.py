@@ -82,6 +82,26 @@ def test_the_oracle_in_simulated_time_is_about_as_quick_as_the_row_in_every_tabl
     assert times.one_layer < times.demand
 
 
+def test_what_prediction_and_its_loads_take_of_the_engine_is_charged_once() -> None:
+    events = make_events(40)
+    plain = Timing(bandwidth=2e9, compute=0.02)
+    dear = Timing(bandwidth=2e9, compute=0.02, prediction=0.003)
+    everything = events.header.total_bytes
+    oracle = oracle_loads("perfect", events)
+
+    def own_time(timing: Timing, *, ahead: bool) -> float:
+        found = replay_timed(events, "lfu", everything, timing, loads=oracle if ahead else None)
+        return found.seconds - found.stall_seconds
+
+    assert own_time(plain, ahead=True) == pytest.approx(events.decode_steps * 0.02)
+    assert own_time(dear, ahead=True) == pytest.approx(events.decode_steps * 0.023)
+    assert own_time(dear, ahead=False) == pytest.approx(events.decode_steps * 0.02)
+    loading = Timing(bandwidth=2e9, compute=0.02, load_cost=1e-4)
+    found = replay_timed(events, "lfu", int(0.3 * everything), loading, loads=oracle)
+    own = found.seconds - found.stall_seconds - events.decode_steps * 0.02
+    assert own == pytest.approx(1e-4 * (found.misses + found.prefetches))
+
+
 def test_a_predictor_is_known_by_name_or_refused() -> None:
     with pytest.raises(UnsupportedOptionError, match="Choose from: perfect"):
         oracle_loads("crystal ball", make_events(2))

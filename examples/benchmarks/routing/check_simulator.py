@@ -8,7 +8,8 @@ of need: when a prefetch arrives depends on the moment. The simulator is given t
 turns, and predicts the others.
 
 With ``--predictor FOLDER`` those others run with prediction, whole paths and lookahead. Then bytes depend on the
-moment, too, and are compared like times.
+moment, too, and are compared like times. What prediction takes of the engine's own time is measured in the same turns
+at the budget the speeds are from.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
@@ -40,6 +44,7 @@ from expertier.simulation.timing import step_times
 from expertier_llamacpp import Llama
 
 CALIBRATION = "37.5%"
+PREDICTING = "37.5% with prediction"
 
 
 class Run:
@@ -67,13 +72,18 @@ class Run:
 
     def step(self, token: int) -> None:
         """Decode one token."""
-        before = self.llama.offload.stats().decode
+        before = self._counts()
         started = time.perf_counter()
         self.llama.eval([token])
         self.measured.seconds.append(time.perf_counter() - started)
-        after = self.llama.offload.stats().decode
-        self.measured.stall.append(after.stall_seconds - before.stall_seconds)
-        self.measured.loads.append(after.misses - before.misses)
+        stall, loads = self._counts() - before
+        self.measured.stall.append(float(stall))
+        self.measured.loads.append(int(loads))
+
+    def _counts(self) -> NDArray[np.float64]:
+        """Seconds of waiting and loads begun so far."""
+        stats = self.llama.offload.stats()
+        return np.array([stats.decode.stall_seconds, stats.decode.misses + stats.prefetches])
 
     def finish(self) -> tuple[dict[str, Any], Events, float]:
         """Return the manager's counters, the trace and the seconds of a step."""
@@ -103,6 +113,12 @@ def fit(events: Events, found: Replay, measured: Measured, share: float, target:
     return replace(timing, bandwidth=slow)
 
 
+def own_time_of_prediction(timing: Timing, measured: Measured) -> float:
+    """Seconds a step with prediction does not wait, beyond compute and what its loads cost."""
+    own = np.array(measured.seconds) - np.array(measured.stall) - timing.load_cost * np.array(measured.loads)
+    return max(float(np.median(own)) - timing.compute, 0.0)
+
+
 def predicted(events: Events, budget: int, timing: Timing, model: Path, predictor: Path) -> TimedReplay:
     """Simulate what the engine does with prediction."""
 
@@ -130,6 +146,8 @@ def compare(
     """Run all budgets in turns and simulate them."""
     runs = {budget: Run(model, budget, directory / budget, predictor) for budget in budgets}
     runs[CALIBRATION] = Run(model, CALIBRATION, directory / CALIBRATION)
+    if predictor is not None:
+        runs[PREDICTING] = Run(model, CALIBRATION, directory / PREDICTING, predictor)
     left = tokens
     for text in texts:
         ids = runs[CALIBRATION].llama.tokenize(text.encode(), add_bos=False)[: min(256, left)]
@@ -146,6 +164,10 @@ def compare(
     stats, events, seconds = calibration.finish()
     found = replay(events, "lfu", stats["budget_bytes"])
     timing = fit(events, found, calibration.measured, share, seconds)
+    if predictor is not None:
+        predicting = runs.pop(PREDICTING)
+        predicting.finish()
+        timing = replace(timing, prediction=own_time_of_prediction(timing, predicting.measured))
     rows = []
     for budget, run in runs.items():
         stats, events, seconds = run.finish()

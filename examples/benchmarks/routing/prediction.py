@@ -5,6 +5,9 @@
 The trace needs token ids, and inputs of routers for the lookahead (``expertier profile ... --trace-tokens on
 --trace-hidden 1``). Routes do not depend on a model's width, so a narrow one is recorded and its experts are taken to
 have the size of a wide one. Results are added to those that the record holds already.
+
+With ``--loads-ahead`` the budgets are replayed with loads ahead from several chances up (``--chance``): how many loads
+are under way in time for how many more bytes than without, beside what the adapters do (``usual``).
 """
 
 from __future__ import annotations
@@ -12,14 +15,17 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from expertier.budget import parse_budget
-from expertier.routing import read_trace
+from expertier.routing import GainGate, read_trace
 from expertier.simulation import Events, Timing, load_events
 from expertier.simulation.predicted import Sources
+from expertier.simulation.prefetch import replay_timed
 from expertier.simulation.sweep import Arm, plan_arms, run_arm
 
 
@@ -65,6 +71,36 @@ def side_by_side(events: Events, batch: int) -> Events:
     )
 
 
+def loads_ahead(
+    events: Events, budgets: list[tuple[str, int]], chances: list[float], timing: Timing, sources: Sources
+) -> Iterator[dict[str, Any]]:
+    """Replay with loads ahead from several chances up, gate open; without any, and by LFU, first."""
+    usual = {"gate": GainGate("on"), "name": "blend+lookahead"}
+    settings: list[tuple[str, str, dict[str, Any] | None]] = [
+        ("no prediction", "lfu", None),
+        ("none", "predictive", {"name": "blend", "load": False, "gate": GainGate("off")}),
+        *((f"{chance:g}", "predictive", {**usual, "least": chance, "least_doubtful": chance}) for chance in chances),
+        ("usual", "predictive", usual),
+    ]
+    for text, budget in budgets:
+        without = 0
+        for label, policy, options in settings:
+            loads = None if options is None else sources.loads(events, **options)
+            found = replay_timed(events, policy, budget, timing, loads=loads, fill=True)
+            if label == "none":
+                without = found.bytes_read
+            yield {
+                "budget": text,
+                "from_chance": label,
+                "policy": policy,
+                "tokens": found.tokens,
+                "ms_per_token": round(1e3 * found.seconds / found.steps, 2),
+                "mb_per_token": round(found.bytes_read / found.tokens / 1e6, 1),
+                "extra_bytes": round(found.bytes_read / without - 1, 3) if without else None,
+                "under_way_in_time": round(found.ahead / max(found.ahead + found.misses, 1), 3),
+            }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trace", type=Path)
@@ -74,23 +110,41 @@ def main() -> None:
     parser.add_argument("--budget", action="append", default=[])
     parser.add_argument("--prefetch", action="append", default=[])
     parser.add_argument("--policy", action="append", default=[])
+    parser.add_argument("--loads-ahead", action="store_true")
+    parser.add_argument("--chance", action="append", type=float, default=[])
     parser.add_argument("--tokens", type=int)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--expert-mb", type=float, default=18.9)
     parser.add_argument("--bandwidth-gb", type=float, default=2.9)
     parser.add_argument("--compute-ms", type=float, default=32.0)
+    parser.add_argument(
+        "--prediction-ms", type=float, default=0.0, help="the engine's own time, as check_simulator has it"
+    )
     given = parser.parse_args()
     events = load_events(read_trace(given.trace), most_tokens=given.tokens)
     events = widened(events, int(given.expert_mb * 1e6))
     if given.batch > 1:
         events = side_by_side(events, given.batch)
-    timing = Timing(bandwidth=given.bandwidth_gb * 1e9, compute=given.compute_ms / 1e3, latency=1e-4, load_cost=5e-5)
+    timing = Timing(
+        bandwidth=given.bandwidth_gb * 1e9,
+        compute=given.compute_ms / 1e3,
+        latency=1e-4,
+        load_cost=5e-5,
+        prediction=given.prediction_ms / 1e3,
+    )
     sources = Sources(predictor=given.predictor, model=given.model)
     total = events.header.total_bytes
     budgets = [(text, parse_budget(text, total) or 0) for text in given.budget]
     record = (
         json.loads(given.out.read_text()) if given.out.exists() else {"timing": dataclasses.asdict(timing), "arms": []}
     )
+    if given.loads_ahead:
+        record["loads_ahead"] = {"timing": dataclasses.asdict(timing), "rows": []}
+        for row in loads_ahead(events, budgets, given.chance, timing, sources):
+            print(row, flush=True)
+            record["loads_ahead"]["rows"].append(row)
+            given.out.write_text(json.dumps(record, indent=1) + "\n")
+        return
     # A predictor makes every arm of the policy `predictive` listen; without one it goes by past uses.
     alone: list[Arm] = plan_arms(budgets, ["predictive"], ())[:1] if "predictive" in given.policy else []
     for arm in [*alone, *plan_arms(budgets, given.policy, given.prefetch, sources)]:

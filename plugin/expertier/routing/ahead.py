@@ -22,7 +22,7 @@ from expertier.routing.gate import Confidence, GainGate
 from expertier.routing.lookahead import Lookahead
 from expertier.routing.path_loads import PathLoads, Prefetcher
 from expertier.routing.predictor import Chances, Forecast, RoutePredictor
-from expertier.routing.prefetch_plan import LEAST_CHANCE
+from expertier.routing.prefetch_plan import DOUBTFUL_CHANCE, LEAST_CHANCE
 from expertier.routing.sequences import Span
 
 _ASK_AGAIN = 16  # steps after which a predictor that nobody heeds, or that is too dear, is asked again
@@ -80,6 +80,8 @@ class AheadLoader:
         for the next layer, by the lookahead.
     path_ahead : int
         Most experts loading ahead of need during decode, for all later layers together.
+    least, least_doubtful : float
+        Chance from which an expert is loaded ahead, and the same for whole paths where storage idles often.
     clock : callable
         Gives the seconds by which the gate measures.
     last_is_narrow : bool
@@ -97,6 +99,8 @@ class AheadLoader:
         listener: Callable[[Forecast], bool] | None = None,
         ahead: int = 2,
         path_ahead: int = 4,
+        least: float = LEAST_CHANCE,
+        least_doubtful: float = DOUBTFUL_CHANCE,
         clock: Callable[[], float] = time.perf_counter,
         last_is_narrow: bool = False,
     ) -> None:
@@ -111,9 +115,18 @@ class AheadLoader:
         self._listener = listener
         self._position = {layer: position for position, layer in enumerate(sorted(experts))}
         self.confidence = Confidence(len(experts), max(experts.values()))
-        self._path = PathLoads(manager, sorted(experts), confidence=self.confidence, ahead=path_ahead)
+        self._least = least
+        self._path = PathLoads(
+            manager,
+            sorted(experts),
+            confidence=self.confidence,
+            ahead=path_ahead,
+            least=least,
+            least_doubtful=least_doubtful,
+        )
         self._predicted = False  # whether the running step's path was predicted
-        self._unsure = np.zeros(len(experts), bool)  # layers of it about which the forecast knows little
+        self._forecast: Chances | None = None  # before its first layer
+        self._unsure = np.zeros(len(experts), bool)  # layers about which that knows little
         self._heeded = True  # whether the listener lets forecasts decide
         self._unheeded = 0  # steps since it was told one
         self._spent = 0.0  # seconds of the running step that its forecast took
@@ -179,6 +192,7 @@ class AheadLoader:
             return
         self._spent = (self._clock() - started) / self._unheeded  # it caught up with the steps between
         self._predicted = True
+        self._forecast = forecast.now
         self._unsure = _unsure(forecast.now, self.confidence.factor())
         if self._listener is not None:
             self._heeded = self._listener(forecast)
@@ -277,8 +291,13 @@ class AheadLoader:
                 self._manager.prefetch(later, wanted, limit=min(self._ahead * tokens, self._most))
 
     def _refined(self, layer: int, gate_input: GateInput) -> Chances | None:
-        """The rest of the path, with what the next routers say about this layer's input where the predictor listens."""
+        """The rest of the path, with what the next routers say about this layer's input where the predictor listens.
+
+        Of a next layer that the forecast is sure of, it says what the forecast said: nearly the same, for nothing.
+        """
         assert self._follower is not None
+        if not self._unsure[self._position[layer] + 1]:
+            return self._forecast
         if self._lookahead is None or not self._follower.listens or (hidden := gate_input()) is None:
             return self._follower.refine()
         tables = self._lookahead.scores(layer, hidden, ahead=_LISTENED)
@@ -297,7 +316,7 @@ class AheadLoader:
         if hidden is None:
             return
         candidates, chances = self._lookahead.predict(layer, hidden, resident)
-        likely = chances >= LEAST_CHANCE
+        likely = chances >= self._least
         if likely.any():
             self._manager.prefetch(following, candidates[likely], chances[likely], limit=limit)
 
@@ -308,5 +327,5 @@ def _unsure(chances: Chances, belief: NDArray[np.float64]) -> NDArray[np.bool_]:
     Looking ahead in every layer would cost more than the forecast.
     """
     known = np.where(chances >= LEAST_CHANCE, chances * belief, 0.0)
-    result: NDArray[np.bool_] = ~(known.sum(1) >= _SURE * chances.sum(1))  # nor about one that is no number
+    result: NDArray[np.bool_] = ~(known.sum(1) > _SURE * chances.sum(1))  # nor about one that is no number
     return result

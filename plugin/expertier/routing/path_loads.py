@@ -10,12 +10,11 @@ from numpy.typing import NDArray
 
 from expertier.routing.gate import WIDEST, Confidence
 from expertier.routing.predictor import Chances
-from expertier.routing.prefetch_plan import DOUBTFUL_CHANCE, plan_loads
+from expertier.routing.prefetch_plan import DOUBTFUL_CHANCE, LEAST_CHANCE, plan_loads
 
 _BUSY_WITH = 3  # loads ahead of need that keep the device busy until the next router has chosen
 _IDLE_FROM = 0.25  # share of layers that found the device idle from which doubtful loads are begun, too
 _PACE = 0.02  # weight of one layer in that share
-_LEAST = DOUBTFUL_CHANCE / WIDEST  # below it nothing is loaded, whatever the confidence
 
 
 class Prefetcher(Protocol):
@@ -52,6 +51,8 @@ class PathLoads:
         How far chances are to be believed; told of all loads.
     ahead : int
         Most loads under way, however many tokens a step has.
+    least, least_doubtful : float
+        Chance from which an expert is loaded, and the same where the device idles often.
 
     Notes
     -----
@@ -60,11 +61,21 @@ class PathLoads:
     of eight read a third more. Where the device has bandwidth to spare, it is also given what is less likely.
     """
 
-    def __init__(self, manager: Prefetcher, layers: Sequence[int], *, confidence: Confidence, ahead: int) -> None:
+    def __init__(
+        self,
+        manager: Prefetcher,
+        layers: Sequence[int],
+        *,
+        confidence: Confidence,
+        ahead: int,
+        least: float = LEAST_CHANCE,
+        least_doubtful: float = DOUBTFUL_CHANCE,
+    ) -> None:
         self._confidence = confidence
         self._manager = manager
         self._layers = tuple(layers)
         self._ahead = ahead
+        self._least, self._doubtful = least, least_doubtful
         self._idle = 0.0  # how often nothing at all was being loaded, lately
 
     def top_up(self, predict: Callable[[], Chances | None], first: int) -> int:
@@ -88,12 +99,19 @@ class PathLoads:
         absent = absent[first:]
         if under_way >= self._ahead or not absent.any() or (chances := predict()) is None:
             return 0
-        absent = absent & (chances[first:] >= _LEAST)
+        absent = absent & (chances[first:] >= self._doubtful / WIDEST)
         if not absent.any():
             return 0
         believed = chances[first:] * self._confidence.factor(first)
         doubtful = _BUSY_WITH - under_way if self._idle >= _IDLE_FROM else 0
-        rows, experts = plan_loads(believed, absent, most=self._ahead - under_way, doubtful=doubtful)
+        rows, experts = plan_loads(
+            believed,
+            absent,
+            most=self._ahead - under_way,
+            least=self._least,
+            doubtful=doubtful,
+            least_doubtful=self._doubtful,
+        )
         begun = 0
         cuts = np.flatnonzero(np.diff(rows)) + 1
         for start, stop in zip([0, *cuts.tolist()], [*cuts.tolist(), len(rows)], strict=True):

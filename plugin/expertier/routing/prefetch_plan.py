@@ -20,6 +20,7 @@ def plan_loads(
     most: int,
     least: float = LEAST_CHANCE,
     doubtful: int = 0,
+    least_doubtful: float = DOUBTFUL_CHANCE,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Choose and order loads for the layers still to come.
 
@@ -34,8 +35,10 @@ def plan_loads(
     least : float
         Chance below which nothing is loaded as long as the device is busy.
     doubtful : int
-        Loads that keep it busy until the next layer: when fewer are likely, those with at least
-        :data:`DOUBTFUL_CHANCE` follow, up to so many in all.
+        Loads that keep it busy until the next layer: when fewer are likely, those with at least `least_doubtful`
+        follow, up to so many in all.
+    least_doubtful : float
+        The chance from which something is loaded then.
 
     Returns
     -------
@@ -57,6 +60,6 @@ def plan_loads(
     rows, experts = rows[order], experts[order]
     if len(rows) >= min(doubtful, most):
         return rows, experts
-    more, others = np.nonzero(absent & (chances >= DOUBTFUL_CHANCE) & (chances < least))
+    more, others = np.nonzero(absent & (chances >= least_doubtful) & (chances < least))
     order = np.argsort(-chances[more, others], kind="stable")[: min(doubtful, most) - len(rows)]
     return np.concatenate([rows, more[order]]), np.concatenate([experts, others[order]])

@@ -16,6 +16,7 @@ from expertier.routing.ahead import AheadLoader
 from expertier.routing.gate import GainGate
 from expertier.routing.lookahead import Lookahead
 from expertier.routing.predictor import RoutePredictor
+from expertier.routing.prefetch_plan import DOUBTFUL_CHANCE, LEAST_CHANCE
 from expertier.routing.sequences import Span
 from expertier.routing.trace_format import PREFILL
 from expertier.simulation.events import Events
@@ -86,6 +87,8 @@ class AdapterLoads:
         Gives the seconds by which the gate and what forecasts cost are measured; by default none pass.
     load : bool
         Whether anything is loaded ahead; otherwise forecasts only decide who stays.
+    least, least_doubtful : float
+        As for :class:`expertier.routing.ahead.AheadLoader`.
 
     Raises
     ------
@@ -103,6 +106,8 @@ class AdapterLoads:
         gate: GainGate | None = None,
         clock: Callable[[], float] | None = None,
         load: bool = True,
+        least: float = LEAST_CHANCE,
+        least_doubtful: float = DOUBTFUL_CHANCE,
     ) -> None:
         if predictor is not None and events.token_ids is None:
             raise UnsupportedOptionError(
@@ -126,6 +131,8 @@ class AdapterLoads:
             predictor=predictor,
             listener=manager.forecast,
             path_ahead=4 if load else 0,
+            least=least,
+            least_doubtful=least_doubtful,
             clock=clock or (lambda: 0.0),
             last_is_narrow=True,
         )

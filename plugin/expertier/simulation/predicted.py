@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,8 +77,8 @@ class Sources:
         assert self.predictor is not None
         return load_predictor(self.predictor, RoutedModel.of_trace(events.header), name)
 
-    def loads(self, events: Events, name: str) -> LoadsOn:
-        """Load ahead by a predictor, as the adapters do."""
+    def loads(self, events: Events, name: str, **options: Any) -> LoadsOn:
+        """Load ahead by a predictor, as the adapters do; `options` are those of :class:`AdapterLoads`."""
         self.check(name)
         parts = name.split("+")
         trained = [part for part in parts if part != LOOKAHEAD]
@@ -91,7 +92,7 @@ class Sources:
                 top_k={layer.layer: layer.top_k for layer in events.header.layers},
             )
         return lambda manager: AdapterLoads(
-            events, manager, predictor=predictor, lookahead=lookahead, clock=lambda: manager.disk.now
+            events, manager, predictor=predictor, lookahead=lookahead, clock=lambda: manager.disk.now, **options
         )
 
     def forecasts(self, events: Events) -> Callable[[OffloadManager], AdapterLoads]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from expertier.errors import UnsupportedOptionError
 from expertier.manager import ManagerConfig, OffloadManager
+from expertier.residency.base import IntArray
 from expertier.routing.trace_format import PREFILL
 from expertier.simulation.disk import OneThread, SimulatedDisk
 from expertier.simulation.events import Events
@@ -115,6 +117,15 @@ class SimulatedManager(OffloadManager):
         self.disk = SimulatedDisk(self._on_done, bandwidth=timing.bandwidth, latency=timing.latency)
         self._io = cast(Any, self.disk)
         self._lock = cast(Any, OneThread(self.disk))
+        self._load_cost = timing.load_cost
+
+    def prefetch(
+        self, layer: int, experts: Sequence[int] | IntArray, probabilities: ArrayLike | None = None, *, limit: int
+    ) -> int:
+        begun = super().prefetch(layer, experts, probabilities, limit=limit)
+        if begun:
+            self.disk.advance(begun * self._load_cost)
+        return begun
 
     @property
     def prefetches_used(self) -> int:
@@ -184,7 +195,9 @@ def replay_timed(
         begun, begun_read = disk.now, disk.bytes_read
         waited = 0.0
         begun_used = manager.prefetches_used
+        predicting = 0.0 if phase == PREFILL else timing.prediction / 2
         if ahead is not None:
+            disk.advance(predicting)
             ahead.begin_step(step)
         manager.begin_step(tokens, "prefill" if phase == PREFILL else "decode")
         for event in range(starts[step], starts[step + 1]):
@@ -194,10 +207,12 @@ def replay_timed(
             manager.observe(layer.layer, routes)
             if timing.load_cost:
                 own = routes if len(routes) == 1 else np.unique(routes)
-                disk.advance(timing.load_cost * int((~manager.resident(layer.layer)[own]).sum()))
+                absent = ~manager.resident(layer.layer, arriving=True)
+                disk.advance(timing.load_cost * int(absent[own].sum()))
             with manager.acquire(layer.layer, routes, wait=False) as lease:
                 if ahead is not None:
                     ahead.after_router(event)
+                    disk.advance(predicting / (starts[step + 1] - starts[step]))
                 for stage in range(layer.stages):
                     before = disk.now
                     lease.wait(stage)

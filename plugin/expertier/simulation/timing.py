@@ -25,6 +25,9 @@ class Timing:
         Seconds a decode step takes with everything resident.
     load_cost : float
         Seconds of the engine's own time per load (bookkeeping, moving memory).
+    prediction : float
+        Seconds of the engine's own time that a decode step's forecast and its corrections take, beside loads: half of
+        them before the first layer, the rest after its routers.
     expert_share : float
         Part of `compute` that multiplies experts; only this overlaps with loads of later parts of the same experts.
     """
@@ -33,6 +36,7 @@ class Timing:
     compute: float
     latency: float = 0.0
     load_cost: float = 0.0
+    prediction: float = 0.0
     expert_share: float = 0.8
 
     def layer_compute(self, events: Events) -> float:
