@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import os
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +17,29 @@ import expertier_vllm
 from expertier.errors import UnsupportedEngineError
 from expertier_vllm import compat
 
+WHEEL = "EXPERTIER_VLLM_WHEEL"
 ADAPTER = Path(expertier_vllm.__file__).parent
 # What is reached through objects rather than imports, by the file that defines it.
 TOUCHED = {
     "config/vllm.py": ("additional_config", "instance_id", "use_v2_model_runner", "offload_config"),
     "config/parallel.py": ("worker_cls", "enable_dbo", "enable_eplb", "enable_elastic_ep"),
-    "config/scheduler.py": ("scheduler_cls",),
+    "config/scheduler.py": ("scheduler_cls", "async_scheduling"),
+    "config/compilation.py": ("splitting_ops", "cudagraph_mode", "use_inductor_graph_partition", "FULL_DECODE_ONLY"),
+    "envs.py": ("VLLM_USE_BREAKABLE_CUDAGRAPH",),
+    "platforms/interface.py": ("device_name", "dispatch_key"),
+    "model_executor/layers/fused_moe/runner/moe_runner.py": (
+        "def _forward_impl",
+        "self._forward_entry(",
+        "self._shared_experts",
+        "def get_layer_from_name",
+        "def _resolve_layer_name",
+        "def _moe_forward_fake",
+        "def _moe_forward_shared_fake",
+    ),
+    "model_executor/layers/fused_moe/modular_kernel.py": ("self.fused_experts.apply(",),
+    "model_executor/layers/fused_moe/experts/triton_moe.py": ("class TritonExperts", "try_get_optimal_moe_config("),
+    "model_executor/layers/fused_moe/config.py": ("def config_name", "def block_shape"),
+    "v1/attention/backends/flash_attn.py": ("num_actual_tokens: int", "max_query_len: int"),
     "model_executor/layers/fused_moe/routed_experts.py": (
         "_get_quant_method",
         "_map_global_expert_id_to_local_expert_id",
@@ -98,6 +117,16 @@ def test_everything_that_is_touched_is_in_the_sources_of_the_installed_release()
     if spec is None or spec.origin is None:
         pytest.skip("vLLM is not installed")
     assert absent(Path(spec.origin).parent, without="v033") == []
+
+
+def test_everything_that_is_touched_is_in_the_sources_of_a_release_that_is_not_installed(tmp_path: Path) -> None:
+    """Releases without a CPU build cannot be run here; a wheel, which nobody has to install, has the sources."""
+    wheel = os.environ.get(WHEEL, "")
+    if not wheel:
+        pytest.skip(f"{WHEEL} names no wheel of vLLM 0.33: pip download --no-deps --only-binary :all: vllm==0.33.0")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path, [name for name in archive.namelist() if name.endswith(".py")])
+    assert absent(tmp_path / "vllm", without="no package") == []
 
 
 @pytest.fixture
