@@ -4,9 +4,13 @@
 
 Stock and Expertier at 100, 50 and 25 % of the experts, each an engine with a worker process of its own, all alive at
 the same time and asked one after the other, round by round: a machine that is busy for a while slows all of them. Every
-round asks each for 1, 8 and 32 requests at a time and measures the storage under the sidecar. A decode step is compared
-with the larger of stock's step and the time that the bytes it read take at that speed; a prompt with stock's and with
-the time of reading all experts once.
+round asks each for 1, 8 and 32 requests at a time and measures the storage under the sidecar. Real text goes in and
+sampled text comes out (temperature 0.8, a seed for each request): greedy text repeats itself and flatters caches. What
+is measured follows a short request that is not, so that all engines come to it alike.
+
+A decode step is compared with the larger of stock's step and the time that the bytes it read take at that speed, and
+with what no policy can go below: the experts of a step that do not fit the budget have to be read in every step. A
+prompt is compared with stock's and with the time of reading all experts once.
 
 `NARROW` is the same model with experts of a few KiB: what stock needs for it is what stock needs without experts.
 """
@@ -29,12 +33,14 @@ from expertier.catalog import read_catalog
 from expertier.comparison.hardware import cores, describe_hardware
 from expertier.comparison.prompts import load_texts
 from expertier.planning.calibrate import measure_disk
-from expertier_vllm.offline import Steps, greedy, open_engine, prepare_environment
+from expertier_vllm.offline import Steps, open_engine, prepare_environment
 
 PROMPT = 64
 LONG = 2000
 LONG_PROMPT = f"prompt of {LONG} tokens"
 CACHE_BYTES = 288 << 20
+ALONE = 4  # texts answered one after the other where requests come one at a time
+_WARM_TOKENS = 4
 _QUIET = 1.2  # seconds after which a worker that is asked nothing no longer polls
 
 
@@ -64,29 +70,49 @@ class Engine:
                 peaks += [int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:")]
         return max(peaks)
 
-    def serve(self, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
-        """Answer requests made at the same moment; decode steps and what they read are told apart from prompts."""
-        steps = Steps(self.llm, prompts, greedy(tokens))
-        read = misses = first = last = 0.0
-        decode: list[float] = []
+    def serve(self, batches: list[list[list[int]]], tokens: int) -> dict[str, Any]:
+        """Answer batches, one after the other; decode steps and what they read are told apart from prompts."""
+        found = [self._serve(prompts, tokens, seed) for seed, prompts in enumerate(batches)]
+        steps = sum(one["steps"] for one in found)
+
+        def per_step(name: str) -> float | None:
+            return sum(one[name] for one in found) / steps if steps else None
+
+        return {
+            "tokens": [one["tokens"] for one in found],
+            "seconds": sum(one["seconds"] for one in found),
+            "first_token_seconds": statistics.median(one["first"] for one in found),
+            "step_seconds": per_step("decode_seconds"),
+            "steps": steps,
+            "step_bytes": per_step("read"),
+            "step_misses": per_step("misses"),
+            "step_experts": per_step("needed"),
+        }
+
+    def _serve(self, prompts: list[list[int]], tokens: int, seed: int) -> dict[str, Any]:
+        steps = Steps(self.llm, prompts, sampled(tokens, seed, len(prompts)))
+        before: dict[str, Any] = {}
+        first = 0.0
+        decoded = 0
         for _ in steps:
-            now = steps.seconds
+            decoded += bool(first)
             if not first and all(answer.tokens for answer in steps.answers):
-                stats = self.counters()
-                read, misses = stats.get("bytes_read", 0), stats.get("decode", {}).get("misses", 0)
-                first = now
-            elif first:
-                decode.append(now - last)
-            last = now
-        stats = self.counters()
+                before, first = self.counters(), steps.seconds
+        after = self.counters()
+        decode, earlier = after.get("decode", {}), before.get("decode", {})
+
+        def grown(name: str) -> float:
+            return decode.get(name, 0) - earlier.get(name, 0)
+
         return {
             "tokens": [answer.tokens for answer in steps.answers],
             "seconds": steps.seconds,
-            "first_token_seconds": first,
-            "step_seconds": statistics.fmean(decode) if decode else None,
-            "steps": len(decode),
-            "step_bytes": (stats.get("bytes_read", 0) - read) / len(decode) if decode else None,
-            "step_misses": (stats.get("decode", {}).get("misses", 0) - misses) / len(decode) if decode else None,
+            "first": first,
+            "decode_seconds": steps.seconds - first,
+            "steps": decoded,
+            "read": after.get("bytes_read", 0) - before.get("bytes_read", 0),
+            "misses": grown("misses"),
+            "needed": grown("misses") + grown("late") + grown("ready_hits"),
         }
 
 
@@ -94,23 +120,39 @@ def _children() -> set[int]:
     return {child.pid for child in psutil.Process().children(recursive=True)}
 
 
-def one_round(engines: list[Engine], texts: list[list[int]], number: int, options: argparse.Namespace) -> Any:
+def sampled(tokens: int, seed: int, requests: int) -> list[Any]:
+    """Parameters of requests: the same text whenever it is asked for, and no narrower than text is."""
+    from vllm import SamplingParams
+
+    given = {"temperature": 0.8, "max_tokens": tokens, "ignore_eos": True, "detokenize": False}
+    return [SamplingParams(seed=1000 * seed + request, **given) for request in range(requests)]
+
+
+def one_round(
+    engines: list[Engine], texts: list[list[int]], number: int, options: argparse.Namespace, tokens: int
+) -> dict[str, dict[str, Any]]:
     """Ask every engine the same; returns figures by number of requests and arm."""
     found: dict[str, dict[str, Any]] = {}
     first = number % len(engines)
     in_turn = engines[first:] + engines[:first]
-    for count in options.requests:
-        places = [(texts[(index + number) % len(texts)], number + index // len(texts)) for index in range(count)]
-        prompts = [text[PROMPT * part : PROMPT * (part + 1)] for text, part in places]
+
+    def ask(load: str, arms: set[str], batches: list[list[list[int]]], tokens: int) -> None:
         for engine in in_turn:
-            time.sleep(_QUIET)
-            found.setdefault(str(count), {})[engine.name] = engine.serve(prompts, options.tokens)
-    if options.long:
+            if not arms or engine.name in arms | {"stock"}:
+                time.sleep(_QUIET)
+                engine.serve([[batches[0][0][:16]]], 4)
+                found.setdefault(load, {})[engine.name] = engine.serve(batches, tokens)
+
+    for count, arms in options.requests:
+        places = [
+            (texts[(index + number) % len(texts)], number + index // len(texts)) for index in range(max(count, ALONE))
+        ]
+        prompts = [text[PROMPT * part : PROMPT * (part + 1)] for text, part in places]
+        ask(str(count), arms, [[prompt] for prompt in prompts] if count == 1 else [prompts[:count]], tokens)
+    if options.long is not None:
         texts = texts[number % len(texts) :] + texts
         long = [token for text in texts for token in text[: 4 * PROMPT]][:LONG]
-        for engine in in_turn:
-            time.sleep(_QUIET)
-            found.setdefault(LONG_PROMPT, {})[engine.name] = engine.serve([long], 1)
+        ask(LONG_PROMPT, options.long, [[long]], 1)
     return found
 
 
@@ -121,6 +163,8 @@ def summary(record: dict[str, Any], names: list[str]) -> dict[str, Any]:
     for load in rounds[0]["arms"]:
         stock = [entry["arms"][load]["stock"] for entry in rounds]
         for name in names[1:]:
+            if name not in rounds[0]["arms"][load]:
+                continue
             ours = [entry["arms"][load][name] for entry in rounds]
             seconds = [entry["bytes_per_second"] for entry in rounds]
             pairs = list(zip(ours, stock, seconds, strict=True))
@@ -131,7 +175,7 @@ def summary(record: dict[str, Any], names: list[str]) -> dict[str, Any]:
             if load == LONG_PROMPT:
                 cell |= _prompt(pairs, record["experts_bytes"])
             else:
-                cell |= _decode(pairs)
+                cell |= _decode(pairs, record["memory"][name]["budget_bytes"], record["expert_bytes"])
             found[f"{name}, {load}"] = cell
     if "twin" in record:
         base = record["twin"]["peak_bytes"] - record["twin"]["experts_bytes"]
@@ -142,9 +186,12 @@ def summary(record: dict[str, Any], names: list[str]) -> dict[str, Any]:
     return found
 
 
-def _decode(pairs: list[tuple[Any, Any, float]]) -> dict[str, Any]:
+def _decode(pairs: list[tuple[Any, Any, float]], budget: int, expert: int) -> dict[str, Any]:
     bounds = [max(stock["step_seconds"], ours["step_bytes"] / speed) for ours, stock, speed in pairs]
     steps = [ours["step_seconds"] for ours, _, _ in pairs]
+    # Of a step's experts only so many can be there already, whatever the policy.
+    least = [max(0.0, ours["step_experts"] - budget // expert) for ours, _, _ in pairs]
+    reading = [loads * expert / speed for loads, (_, _, speed) in zip(least, pairs, strict=True)]
     return {
         "decode over stock": _spread([stock["step_seconds"] / ours["step_seconds"] for ours, stock, _ in pairs]),
         "step over its bound": _spread([step / bound for step, bound in zip(steps, bounds, strict=True)]),
@@ -152,6 +199,16 @@ def _decode(pairs: list[tuple[Any, Any, float]]) -> dict[str, Any]:
         "stock's step, ms": _spread([1e3 * stock["step_seconds"] for _, stock, _ in pairs]),
         "MiB read per step": _spread([ours["step_bytes"] / 2**20 for ours, _, _ in pairs]),
         "loads per step": _spread([ours["step_misses"] for ours, _, _ in pairs]),
+        "experts per step": _spread([ours["step_experts"] for ours, _, _ in pairs]),
+        "decode over stock at most, with these bytes": _spread(
+            [stock["step_seconds"] / bound for bound, (_, stock, _) in zip(bounds, pairs, strict=True)]
+        ),
+        "decode over stock at most, with the fewest loads of any policy": _spread(
+            [
+                stock["step_seconds"] / max(stock["step_seconds"], time)
+                for time, (_, stock, _) in zip(reading, pairs, strict=True)
+            ]
+        ),
     }
 
 
@@ -176,23 +233,28 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--twin", type=Path, help="the same model with narrow experts")
     parser.add_argument("--text", type=Path, action="append", default=[])
-    parser.add_argument("--requests", type=int, action="append", help="at a time (1, 8 and 32)")
+    parser.add_argument(
+        "--requests", type=_load, action="append", help="at a time, and after colons whom to ask (1, 8 and 32, all)"
+    )
     parser.add_argument("--arm", action="append", help="BUDGET, or BUDGET,KEY=VALUE,... (100%%, 50%% and 25%%)")
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument(
-        "--long", action=argparse.BooleanOptionalAction, default=True, help="a prompt of 2000 tokens, too"
-    )
+    parser.add_argument("--seconds", type=float, help="begin no round that would end later than this")
+    parser.add_argument("--no-long", dest="long", action="store_const", const=None, help="no prompt of 2000 tokens")
+    parser.add_argument("--long", type=lambda text: set(text.split(":")), default=set(), help="whom to ask it (all)")
     parser.add_argument("--threads", type=int, default=cores())
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    options.requests = options.requests or [1, 8, 32]
+    options.requests = options.requests or [(count, set()) for count in (1, 8, 32)]
+    started = time.perf_counter()
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     prepare_environment(options.threads)
     catalog = read_catalog(options.checkpoint)
     record: dict[str, Any] = {
         "hardware": asdict(describe_hardware(options.checkpoint)),
         "experts_bytes": catalog.total_expert_bytes,
+        "expert_bytes": max(layer.expert_bytes for layer in catalog.layers),
+        "tokens": options.tokens,
         "rounds": [],
     }
     arms: dict[str, dict[str, Any] | None] = {"stock": None}
@@ -204,7 +266,7 @@ def main() -> None:
         if options.twin is not None:
             twin = Engine("twin", options.twin, None)
             ids = [twin.llm.get_tokenizer().encode(text.text, add_special_tokens=False) for text in texts]
-            one_round([twin], ids, 0, options)
+            one_round([twin], ids, 0, options, options.tokens)
             narrow = read_catalog(options.twin).total_expert_bytes
             record["twin"] = {"peak_bytes": twin.peak_bytes(), "experts_bytes": narrow}
             twin.llm.llm_engine.engine_core.shutdown()
@@ -215,11 +277,15 @@ def main() -> None:
             engines.append(engine)
         record["modes"] = {engine.name: engine.counters().get("mode", "stock") for engine in engines}
         ids = [engines[0].llm.get_tokenizer().encode(text.text, add_special_tokens=False) for text in texts]
-        one_round(engines, ids, 0, options)  # the first round warms up
+        one_round(engines, ids, 0, options, _WARM_TOKENS)  # the first round warms up
+        longest = 0.0
         size = max(part.expert_bytes for layer in catalog.layers for part in layer.parts)
         for number in range(1, options.rounds + 1):
+            begun = time.perf_counter()
+            if options.seconds is not None and begun + longest - started > options.seconds:
+                break
             speed = measure_disk([_sidecar(record["modes"])], read_bytes=size, most_bytes=1 << 30).best
-            arms_found = one_round(engines, ids, number, options)
+            arms_found = one_round(engines, ids, number, options, options.tokens)
             speed = statistics.fmean(
                 [speed, measure_disk([_sidecar(record["modes"])], read_bytes=size, most_bytes=1 << 30).best]
             )
@@ -230,7 +296,14 @@ def main() -> None:
             }
             record["summary"] = summary(record, list(arms))
             options.out.write_text(json.dumps(record, indent=1) + "\n")
+            longest = max(longest, time.perf_counter() - begun)
     print(json.dumps(record["summary"], indent=1))
+
+
+def _load(text: str) -> tuple[int, set[str]]:
+    """``COUNT`` or ``COUNT:ARM:ARM``: requests at a time, and the arms to ask besides stock."""
+    count, *arms = text.split(":")
+    return int(count), set(arms)
 
 
 def _sidecar(modes: dict[str, str]) -> Path:
