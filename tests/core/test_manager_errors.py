@@ -108,7 +108,7 @@ def test_a_failed_prefetch_fails_no_step_that_does_not_need_the_expert(tmp_path:
         break_expert(engine, 1, 5, times=1)
         engine.manager.begin_step(1)
         assert engine.manager.prefetch(1, [5], limit=2) == 1
-        until(lambda: not engine.manager._requests)
+        until(lambda: engine.manager.idle)
         engine.layer(0, [[0, 1]])
         engine.layer(1, [[0, 1]])
         engine.layer(1, [[5]])
@@ -122,7 +122,7 @@ def test_the_error_of_one_expert_makes_no_other_look_ready(tmp_path: Path) -> No
     with fake_engine(tmp_path, SHAPES, 4 * SLOT) as engine:
         break_expert(engine, 1, 5)
         engine.manager.prefetch(1, [5], limit=1)
-        until(lambda: not engine.manager._requests)
+        until(lambda: engine.manager.idle)
         engine.file.hold()
         lease = engine.manager.acquire(0, [0], wait=False)
         assert not lease.ready(0)
@@ -215,7 +215,7 @@ def test_after_any_number_of_failures_nothing_is_pinned_and_no_byte_is_lost(tmp_
                 engine.manager.prefetch(layer, dice.permutation(8)[:2], limit=2)
             engine.manager.end_step()
             assert engine.manager._leases == 0
-            assert not engine.manager._pins.any()
+            assert not engine.manager._table.pins.any()
             engine.check()
         assert failures > 3
         engine.file.heal()

@@ -17,7 +17,7 @@ EVERYTHING = 24
 
 def settled(engine: FakeEngine, experts: int) -> None:
     """Wait until so many experts are resident and nothing loads."""
-    until(lambda: not engine.manager._requests and engine.manager.stats().resident_experts == experts)
+    until(lambda: engine.manager.idle and engine.manager.stats().resident_experts == experts)
 
 
 def test_everything_is_loaded_from_the_start_when_it_fits(tmp_path: Path) -> None:

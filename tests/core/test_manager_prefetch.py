@@ -22,7 +22,7 @@ def in_use(engine: FakeEngine, layer: int, *experts: int) -> bool:
 
 def loaded(engine: FakeEngine) -> None:
     """Wait until nothing is loading any more."""
-    until(lambda: not engine.manager._requests)
+    until(lambda: engine.manager.idle)
 
 
 def test_a_prefetched_expert_is_a_ready_hit_and_counted_once(tmp_path: Path) -> None:
@@ -287,7 +287,7 @@ def test_every_prefetch_has_exactly_one_end(tmp_path: Path) -> None:
                 engine.manager.prefetch(min(layer + 1, 2), dice.permutation(8)[:3], dice.random(3), limit=3)
             engine.manager.end_step()
             stats = engine.manager.stats()
-            waiting = int(engine.manager._ahead.sum())
+            waiting = int(engine.manager._table.ahead.sum())
             assert stats.prefetches_used + stats.prefetches_cancelled + waiting <= stats.prefetches
         assert stats.prefetches_used > 0
         assert stats.prefetches_cancelled > 0

@@ -78,7 +78,7 @@ class RandomUse(RuleBasedStateMachine):
             self.engine.layer(layer, [[expert] for expert in within(layer, experts)], stagewise=stagewise)
         except BudgetError:
             needed = len(within(layer, experts)) * MIXED[layer].slot_bytes
-            assert needed > self.engine.manager._limit(layer)
+            assert needed > self.engine.manager._table.limit(layer)
         except ExpertLoadError:
             assert self.broken
 
@@ -119,7 +119,7 @@ class RandomUse(RuleBasedStateMachine):
         self.engine.file.heal()
         # A load begun before may still report the old error, and does so to whoever needs it.
         self.engine.manager.end_step()
-        self.broken = any(self.engine.manager._requests)
+        self.broken = any(self.engine.manager._loads._requests)
 
     @invariant()
     def promises_hold(self) -> None:
@@ -127,12 +127,12 @@ class RandomUse(RuleBasedStateMachine):
             self.engine.check()
             manager = self.engine.manager
             assert manager._leases == 0
-            assert not manager._pins.any()
+            assert not manager._table.pins.any()
             stats = manager.stats()
             assert stats.prefetches_used + stats.prefetches_cancelled <= stats.prefetches
             for layer in MIXED:
                 held = sum(len(slot) for (owner, _), slot in self.engine.pool.memory.items() if owner == layer)
-                assert held == manager._layer_bytes[layer]
+                assert held == manager._table.layer_bytes[layer]
 
     def teardown(self) -> None:
         if hasattr(self, "engine"):
@@ -200,7 +200,7 @@ def test_many_threads_that_load_prefetch_resize_and_fail_all_come_to_an_end(tmp_
         engine.file.heal()
         engine.check()
         assert engine.manager._leases == 0
-        assert not engine.manager._pins.any()
+        assert not engine.manager._table.pins.any()
         assert failing or (done == 120 * len(shapes)).all()
         layer = int(dice.choice(sorted(shapes)))
         engine.layer(layer, [list(range(shapes[layer].top_k))])

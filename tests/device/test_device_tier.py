@@ -94,6 +94,7 @@ ACTIONS = st.one_of(
     st.tuples(st.just("prefetch"), st.integers(0, 2), EXPERTS),
     st.tuples(st.just("run"), st.integers(1, 9), st.just([])),
     st.tuples(st.just("resize"), st.integers(4, 12), st.just([])),
+    st.tuples(st.just("swap"), st.integers(1, 3), st.just([])),
     st.tuples(st.just("end"), st.just(0), st.just([])),
 )
 
@@ -124,6 +125,8 @@ def test_no_kernel_ever_sees_another_expert_whatever_the_device_does_when(
                 compute(tier, link, number, experts, wrong)
             elif action == "prefetch":
                 tier.manager.prefetch(number, experts, limit=4)
+            elif action == "swap":
+                tier.manager.swap(number)
             elif action == "run":
                 for _ in range(number):
                     link.step()
@@ -135,7 +138,7 @@ def test_no_kernel_ever_sees_another_expert_whatever_the_device_does_when(
                 tier.manager.begin_step()
             check_budgets(tier, host)
         tier.manager.end_step()
-        until(lambda: not tier.manager._requests)
+        until(lambda: tier.manager.idle)
         link.drain()
         check_contents(tier)
     assert not wrong
@@ -156,10 +159,11 @@ def test_experts_that_move_between_all_three_tiers_stay_themselves(tmp_path: Pat
             for other in range(2):  # what has just left the device comes back at once, in another lane
                 back = [each for each in range(4) if tier.pool.host.holds(8 * other + each)]
                 tier.manager.prefetch(other, back, limit=2)
+            tier.manager.swap(2, worth=dice.random(tier.manager.stats().total_experts))
             tier.manager.end_step()
             for _ in range(int(dice.integers(4))):
                 link.step()
-        until(lambda: not tier.manager._requests)
+        until(lambda: tier.manager.idle)
         link.drain()
         check_contents(tier)
         assert tier.stats().demotions > 10

@@ -178,7 +178,7 @@ def test_a_read_error_raises_gives_no_text_and_leaves_the_model_usable(
                 failures += 1
                 assert re.search(r"layer \d", str(error))
                 assert "Input/output error" in str(error)
-                assert not any(llm.offload._pins)
+                assert not any(llm.offload._table.pins)
             fault.cure()
             assert llm(TEXT, max_tokens=16, temperature=0)["choices"][0]["text"] == plain_text
         llm.reset()
@@ -245,7 +245,7 @@ def test_a_failed_prefetch_harms_nobody(plain: Path, plain_rows: list[bytes], mo
         prefetching.set()
         llm.offload.begin_step()
         assert llm.offload.prefetch(1, range(4), limit=4) == 4
-        while (llm.offload._state == 1).any():  # loads under way
+        while not llm.offload.idle:
             threading.Event().wait(0.01)
         prefetching.clear()
         assert failed
@@ -648,7 +648,7 @@ INTERRUPTED_AT_RANDOM = """
     llm.reset()
     assert trace(llm) == expected
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert not llm.offload._pins.any()
+    assert not llm.offload._table.pins.any()
     print(interrupted)
 """
 

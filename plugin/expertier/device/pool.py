@@ -21,7 +21,7 @@ from expertier.device.link import DEMOTE, Bytes, DeviceBytes, DeviceEvent, Devic
 from expertier.errors import BudgetError, ExpertLoadError, UnsupportedModelError
 from expertier.residency.base import IntArray
 from expertier.residency.pool import KeepScores, PlannedRead
-from expertier.storage import PAGE, PREFETCH, StorageFile, Transfer
+from expertier.storage import DEMAND, PAGE, PREFETCH, StorageFile, Transfer
 
 _AHEAD: Final = 2  # chunks of prefetches under way on the link: what a demand copy waits behind at most
 
@@ -397,17 +397,18 @@ class DevicePool:
 
     def _send(self, load: _Load, stage: int, start: int, source: Bytes, priority: int) -> DeviceEvent:
         target = load.slab.piece(stage, load.slot, start, start + len(source))
+        lane = DEMAND if priority == DEMAND else PREFETCH
         with self._lock:  # or a thread that was overtaken would note the older event of the lane
             after = [event for event in load.after if not event.done()]
             if load.warm:
                 after += [event for event in load.host_after if not event.done()]
-            event = self._link.copy(target, source, priority, after)
-            load.slab.fences[load.slot].writes(priority, event)
+            event = self._link.copy(target, source, lane, after)
+            load.slab.fences[load.slot].writes(lane, event)
             if load.host >= 0:
-                self.host.fences[load.host].reads(priority, event)
+                self.host.fences[load.host].reads(lane, event)
             self._link_bytes += len(source)
             held = None
-            if priority == PREFETCH:
+            if lane == PREFETCH:
                 self._ahead.append(event)
                 held = self._ahead.popleft() if len(self._ahead) > _AHEAD else None
         if held is not None:

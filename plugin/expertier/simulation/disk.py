@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 
-from expertier.storage import DEMAND, PREFETCH, ReadRequest
+from expertier.storage import DEMAND, PREFETCH, Completion, ReadRequest
 
 
 class SimulatedDisk:
-    """Serves reads one chunk after the other; stands in for :class:`expertier.storage.IoScheduler`.
+    """Serves reads one chunk after the other; a :class:`expertier.storage.ReadQueue`.
 
     Parameters
     ----------
@@ -32,7 +31,7 @@ class SimulatedDisk:
 
     def __init__(
         self,
-        on_done: Callable[[ReadRequest, BaseException | None, bool], None],
+        on_done: Completion,
         *,
         bandwidth: float,
         latency: float = 0.0,

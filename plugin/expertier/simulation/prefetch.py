@@ -18,6 +18,7 @@ from expertier.simulation.events import Events
 from expertier.simulation.loads import Candidates, Oracle, OracleLoads, StepLoads
 from expertier.simulation.pools import PlanningPool
 from expertier.simulation.timing import Timing
+from expertier.storage import ReadQueue
 
 
 class PerfectAhead:
@@ -106,6 +107,7 @@ class SimulatedManager(OffloadManager):
         fill: bool = False,
     ) -> None:
         layers = events.header.layers
+        self._timing = timing
         super().__init__(
             experts={layer.layer: layer.experts for layer in layers},
             top_k={layer.layer: layer.top_k for layer in layers},
@@ -113,9 +115,6 @@ class SimulatedManager(OffloadManager):
             budget=budget,
             config=ManagerConfig(policy=policy, half_life=half_life, io_threads=1, fill=fill),
         )
-        self._io.close()
-        self.disk = SimulatedDisk(self._on_done, bandwidth=timing.bandwidth, latency=timing.latency)
-        self._io = cast(Any, self.disk)
         self._lock = cast(Any, OneThread(self.disk))
         self._load_cost = timing.load_cost
 
@@ -126,6 +125,10 @@ class SimulatedManager(OffloadManager):
         if begun:
             self.disk.advance(begun * self._load_cost)
         return begun
+
+    def _read_queue(self) -> ReadQueue:
+        self.disk = SimulatedDisk(self._on_done, bandwidth=self._timing.bandwidth, latency=self._timing.latency)
+        return self.disk
 
     @property
     def prefetches_used(self) -> int:

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from expertier.storage.files import StorageFile
 
@@ -71,6 +71,25 @@ class ReadRequest:
 
 Completion = Callable[[ReadRequest, BaseException | None, bool], None]
 """Called once per request as ``(request, error, cancelled)``, from an I/O thread or :meth:`IoScheduler.cancel`."""
+
+
+class ReadQueue(Protocol):
+    """Brings requests in, demand first; :class:`IoScheduler` does, and so does a simulated device."""
+
+    bytes_read: int
+    prefetch_bytes_read: int
+
+    def submit(self, requests: list[ReadRequest]) -> None:
+        """Queue requests in order, each at its own priority."""
+
+    def promote(self, request: ReadRequest) -> None:
+        """Turn a prefetch into a demand read."""
+
+    def cancel(self, request: ReadRequest) -> None:
+        """Give up what has not begun; the request completes as cancelled, perhaps before this returns."""
+
+    def close(self) -> None:
+        """Stop; queued requests complete as cancelled."""
 
 
 class IoScheduler:
