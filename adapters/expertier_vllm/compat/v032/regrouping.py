@@ -132,7 +132,7 @@ class RegroupingScheduler(ExpertierScheduler):
             return
         known = set(self.admission.waiting())
         again = any(request.request_id not in known for request in self.waiting)
-        if not again and self.admission.holds(room):
+        if self.running and not again and self.admission.holds(room):
             self.waiting.closed = True
             return
         place = {request: index for index, request in enumerate(self.admission.propose(room, resident=self._resident))}
