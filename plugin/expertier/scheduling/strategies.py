@@ -17,8 +17,8 @@ def unit(paths: NDArray[np.float32], usual: NDArray[np.float32]) -> NDArray[np.f
     """What sets paths apart from the usual one, each of length 1; zeros where nothing does."""
     apart = paths - usual
     length = np.sqrt(np.einsum("ij,ij->i", apart, apart))[:, None]
-    result: NDArray[np.float32] = apart / np.maximum(length, 1e-6)
-    return result
+    apart /= np.maximum(length, 1e-6)
+    return apart
 
 
 class Similarity:
@@ -57,8 +57,9 @@ class Similarity:
             score[chosen] = -np.inf
             place = int(score.argmax())
             chosen.append(place)
-            alike = np.column_stack([alike, times(waiting, waiting[place])])
-            if place < among.shape[1]:
+            known = place < among.shape[1]
+            alike = np.column_stack([alike, among[:, place] if known else times(waiting, waiting[place])])
+            if known:
                 among[:, place] = -np.inf
         return np.array(chosen, np.int64)
 
