@@ -105,6 +105,75 @@ def test_packed_experts_of_odd_sizes_are_kept_off_each_others_pages(tmp_path: Pa
         file.close()
 
 
+LARGE = (5 << 20, 5 << 19)  # two and a half and one and a quarter huge pages
+
+
+@contextmanager
+def large_experts(directory: Path) -> Iterator[tuple[OffloadManager, WindowPool]]:
+    """Two layers of experts that are zeros but for their first and last bytes."""
+    path = directory / "experts.bin"
+    layers = [layer(path, index, index * EXPERTS * sum(LARGE), LARGE) for index in range(2)]
+    with path.open("wb") as file:
+        for part in (part for one in layers for part in one.parts):
+            for expert in range(EXPERTS):
+                start = part.offset + expert * part.expert_bytes
+                for place, data in [
+                    (start, _mark(part, expert)),
+                    (start + part.expert_bytes - 8, _mark(part, ~expert)),
+                ]:
+                    file.seek(place)
+                    file.write(data)
+    storage = StorageFile(path)
+    pool = WindowPool(layers, {path: storage}, packed=True)
+    manager = OffloadManager(experts={0: EXPERTS, 1: EXPERTS}, top_k={0: 2, 1: 2}, pool=pool, budget=3 * sum(LARGE))
+    try:
+        yield manager, pool
+    finally:
+        manager.close()
+        storage.close()
+
+
+def _mark(part: ExpertPart, expert: int) -> bytes:
+    return np.array([100 * part.layer + 10 * len(part.role) + expert], "<i8").tobytes()
+
+
+def _check_large(manager: OffloadManager, pool: WindowPool, spacing: int) -> None:
+    for index, experts in [(0, [4, 0]), (1, [1, 2]), (0, [3, 1]), (1, [2, 4])]:
+        with manager.acquire(index, experts):
+            for role, size in zip(("gate_up", "down"), LARGE, strict=True):
+                part = layer(Path(), index, 0, LARGE).parts[role == "down"]
+                base = pool.placements[f"{index}.{role}"].address
+                for expert in experts:
+                    start = base + spacing * expert * size
+                    assert bytes(pages.view(start, 8)) == _mark(part, expert)
+                    assert bytes(pages.view(start + size - 8, 8)) == _mark(part, ~expert)
+    assert manager.stats().peak_resident_bytes <= 3 * sum(LARGE)
+
+
+def test_packed_experts_larger_than_a_huge_page_begin_on_one(tmp_path: Path) -> None:
+    with large_experts(tmp_path) as (manager, pool):
+        assert pool.spacing == {0: 4, 1: 4}
+        for (_, role), placement in zip([(0, 0), (0, 1), (1, 0), (1, 1)], pool.placements.values(), strict=True):
+            assert placement.address % pages.HUGE_PAGE == 0
+            assert placement.stride == 4 * LARGE[role]
+            assert placement.stride % pages.HUGE_PAGE == 0
+        _check_large(manager, pool, 4)
+
+
+def test_where_address_space_is_short_experts_lie_closer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reserve = pages.reserve
+
+    def limited(size: int) -> int:
+        if size > EXPERTS * max(LARGE):
+            raise OSError(12, "Cannot allocate memory")
+        return reserve(size)
+
+    monkeypatch.setattr(pages, "reserve", limited)
+    with large_experts(tmp_path) as (manager, pool):
+        assert pool.spacing == {0: 1, 1: 1}
+        _check_large(manager, pool, 1)
+
+
 def test_packed_experts_that_share_pages_in_their_file_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="do not begin on a page"), packed_pool(tmp_path, (PAGE + 2, PAGE)):
         pass

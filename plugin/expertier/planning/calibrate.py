@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import queue
 import random
@@ -142,6 +143,8 @@ def _random(
 
 def _buffer(size: int) -> memoryview:
     buffer = mmap.mmap(-1, size)
+    with contextlib.suppress(AttributeError, OSError):  # as experts' windows are: reads into them cost half
+        buffer.madvise(mmap.MADV_HUGEPAGE)
     for place in range(0, size, PAGE):
         buffer[place] = 0  # the first touch of memory is not the disk's time
     return memoryview(buffer)

@@ -3,9 +3,9 @@
 Engines compute an expert's address as ``base + expert * stride``. Where the stride is free to choose (llama.cpp:
 ``tensor.nb[2]``), the parts of a layer share one: expert ``e`` occupies one contiguous window with its parts one after
 the other. Where it is the size of the part (vLLM's CPU kernels), every part has windows of its own, and if that size is
-no multiple of the page size, only every so many'th number is an expert's. No page is shared between experts. A window
-is either backed by memory or inaccessible, and the memory of an expert that leaves moves under the window of the one
-that comes.
+no multiple of the page size, or of a huge page's, only every so many'th number is an expert's. No page is shared
+between experts. A window is either backed by memory or inaccessible, and the memory of an expert that leaves moves
+under the window of the one that comes.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from expertier.residency import pages
 from expertier.residency.pages import HUGE_PAGE, PAGE
 from expertier.residency.pool import PlannedRead
 from expertier.storage import StorageFile
+
+_MOST_SPACING = 16  # numbers that an expert may take up so that its memory can be huge pages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +90,9 @@ class WindowPool:
     ----------
     spacing : dict of int to int
         By layer, the smallest factor that keeps experts off each other's pages in all parts: 1 where sizes are
-        multiples of the page size, at most a page's bytes. What lies between is address space and nothing more.
+        multiples of the page size, at most a page's bytes. Where parts are larger than a huge page, and 16 are enough,
+        it is the smallest that lets every expert begin on one: only then does memory that moves from one expert to
+        another stay in huge pages. What lies between is address space and nothing more.
 
     Raises
     ------
@@ -155,9 +159,20 @@ class WindowPool:
         return windows
 
     def _lay_out_packed(self, layer: LayerExperts, files: Mapping[Path, StorageFile]) -> list[_Window]:
+        usual = _spacing(layer, PAGE)
+        roomy = _spacing(layer, HUGE_PAGE)
+        if usual < roomy <= _MOST_SPACING and all(part.expert_bytes >= HUGE_PAGE for part in layer.parts):
+            known = len(self._regions)
+            try:
+                return self._lay_out_spaced(layer, files, roomy)
+            except UnsupportedModelError:  # address space is limited: go on with less of it
+                for address, size in self._regions[known:]:
+                    pages.unmap(address, size)
+                del self._regions[known:]
+        return self._lay_out_spaced(layer, files, usual)
+
+    def _lay_out_spaced(self, layer: LayerExperts, files: Mapping[Path, StorageFile], spacing: int) -> list[_Window]:
         windows = []
-        # Powers of two: the largest is a multiple of all.
-        spacing = max(PAGE // math.gcd(part.expert_bytes, PAGE) for part in layer.parts)
         self.spacing[layer.layer] = spacing
         for stage, part in enumerate(layer.parts):
             if part.offset % PAGE or part.stride % PAGE:
@@ -253,3 +268,8 @@ class WindowPool:
         for address, size in self._regions:
             pages.unmap(address, size)
         self._regions.clear()
+
+
+def _spacing(layer: LayerExperts, page: int) -> int:
+    """The smallest factor that has every expert of all parts begin on a page of this size."""
+    return max(page // math.gcd(part.expert_bytes, page) for part in layer.parts)  # powers of two: multiples of all
