@@ -39,7 +39,7 @@ def test_streams_and_events_order_copies_and_kernels_as_the_tier_needs(
                 slow.step()
             tier.manager.end_step()
             check_budgets(tier, host)
-        until(lambda: not tier.manager._requests)
+        until(lambda: tier.manager.idle)
         slow.drain()
         check_contents(tier)
         assert tier.stats().demotions > 0
