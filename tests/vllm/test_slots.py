@@ -40,6 +40,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[s
             compiled, half = {"enforce_eager": False}, {"budget": "50%", "host_budget": "64MiB"}
             arms += [
                 Arm(name="50%", model=model, expertier=half),
+                Arm(name="100%", model=model, expertier=half | {"budget": "100%"}),
                 Arm(name="one token", model=model, expertier={"budget": ONE_TOKEN, "host_budget": BUFFERS}),
                 Arm(name="stock, compiled", model=model, engine=compiled),
                 Arm(name="50%, compiled", model=model, expertier=half, engine=compiled),
@@ -57,6 +58,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[s
     ("family", "arm"),
     [
         ("qwen3_moe", "50%"),
+        ("qwen3_moe", "100%"),  # no layer stops for its router
         ("qwen3_moe", "25%, disk below"),
         ("qwen3_moe", "one token"),
         ("qwen3_moe", "50%, compiled"),
