@@ -72,19 +72,20 @@ def compiled_answers(model: str) -> dict[str, Any]:
     return outcome
 
 
-def parallel_answers(model: str, arguments: dict[str, Any]) -> dict[str, Any]:
+def parallel_answers(model: str, arguments: dict[str, Any], ours: dict[str, dict[str, Any]]) -> dict[str, Any]:
     outcome: dict[str, Any] = {}
-    for budget in (None, "50%"):
-        with engine(model, budget, **arguments) as llm:
+    for name, expertier in {"stock": None, **ours}.items():
+        budget = None if expertier is None else "50%"
+        with engine(model, budget, **arguments, expertier=expertier or {}) as llm:
             from vllm import SamplingParams
 
             sampling = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
             prompts = [{"prompt_token_ids": list(range(1, 5 + 9 * index))} for index in range(3)]
-            outcome[str(budget)] = [
+            outcome[name] = [
                 list(answer.outputs[0].token_ids) for answer in llm.generate(prompts, sampling, use_tqdm=False)
             ]
             if budget:
-                outcome["stats"] = llm.collective_rpc("expertier_stats")
+                outcome[f"{name} stats"] = llm.collective_rpc("expertier_stats")
     return outcome
 
 
@@ -133,22 +134,27 @@ def test_with_room_for_all_nothing_is_read_twice_and_no_request_waits(eager: Any
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "ours"),
     [
-        pytest.param({"tensor_parallel_size": 2}, id="tensor parallel"),
+        pytest.param(
+            {"tensor_parallel_size": 2}, {"windows": {}, "slots": {"host_budget": "64MiB"}}, id="tensor parallel"
+        ),
         # Eager execution with a KV cache of a given size fails in stock vLLM 0.32: nothing allocates what the second
         # stage receives into (gpu_model_runner.sync_and_gather_intermediate_tensors).
-        pytest.param({"pipeline_parallel_size": 2, "enforce_eager": False}, id="pipeline parallel"),
+        pytest.param({"pipeline_parallel_size": 2, "enforce_eager": False}, {"windows": {}}, id="pipeline parallel"),
     ],
 )
 def test_two_workers_give_the_tokens_of_two_stock_workers(
-    checkpoint: Callable[[HfSpec], Path], arguments: dict[str, Any]
+    checkpoint: Callable[[HfSpec], Path], arguments: dict[str, Any], ours: dict[str, dict[str, Any]]
 ) -> None:
+    spec = HfSpec(layers=2)  # one for each stage
     outcome = run(
-        parallel_answers, str(checkpoint(SPEC)), arguments, environment={"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+        parallel_answers, str(checkpoint(spec)), arguments, ours, environment={"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     )
-    assert outcome["50%"] == outcome["None"]
-    stats = outcome["stats"]
-    assert [worker["rank"] for worker in stats] == [0, 1]
-    assert sum(worker["total_bytes"] for worker in stats) == 4 * SPEC.experts * EXPERT
-    assert all(worker["peak_resident_bytes"] <= worker["budget_bytes"] for worker in stats)
+    for name in ours:
+        assert outcome[name] == outcome["stock"]
+        stats = outcome[f"{name} stats"]
+        assert [worker["rank"] for worker in stats] == [0, 1]
+        assert sum(worker["total_bytes"] for worker in stats) == 2 * spec.experts * EXPERT
+        assert all(worker["peak_resident_bytes"] <= worker["budget_bytes"] for worker in stats)
+        assert ("tier" in stats[0]) == (name == "slots")
