@@ -726,6 +726,7 @@ class Runtime:
     def _begin(self, tokens: int) -> None:
         self._end()
         self._kind = self._step_kind()
+        tokens = min(tokens, self._kind.tokens or tokens)
         phase: Phase = "decode" if self._kind.decode else "prefill"
         recorded = self._recording is not None and self._kind.real
         self._everything = None if recorded else self.manager.hold_all(tokens, phase)

@@ -315,8 +315,10 @@ def padded(model: str) -> dict[str, Any]:
         with engine(model, "25%", expertier={"host_budget": "64MiB", "lookahead": "off"}) as llm:
             tokens = answers(llm)
             stats = llm.collective_rpc("expertier_stats")[0]
-            counted = {phase: stats[phase]["requests"] for phase in ("decode", "prefill")}
-            found[name] = {"tokens": tokens, "requests": counted}
+            counted = {
+                phase: [stats[phase][name] for name in ("requests", "tokens")] for phase in ("decode", "prefill")
+            }
+            found[name] = {"tokens": tokens, "counted": counted}
     return found
 
 

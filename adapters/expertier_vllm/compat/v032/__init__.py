@@ -51,9 +51,9 @@ def take_over(config: Any) -> None:
         raise UnsupportedOptionError(
             f"--worker-cls {parallel.worker_cls} is not vLLM's own.", "Start without it, or without Expertier."
         )
-    parallel.worker_cls = WORKERS[facts.platform]
     if facts.platform == "cuda" and wanted is not None:
         _prepare_device(config, wanted)
+    parallel.worker_cls = WORKERS[facts.platform]
     if wanted is not None and wanted.scheduler is not None:
         if scheduler.scheduler_cls not in (None, SCHEDULER, REGROUPING):
             raise UnsupportedOptionError(
@@ -76,7 +76,8 @@ def _prepare_device(config: Any, wanted: VllmOptions) -> None:
         # Upstream: what the CPU platform does, too. Our scheduler wants to know a step's outcome before the next.
         scheduler.async_scheduling = False
         logger.info("expertier: asynchronous scheduling is off: every layer waits for its router anyway")
-    logger.warning("expertier: experts on CUDA have never been run on a GPU; compare the output with stock's")
+    if config.parallel_config.worker_cls != WORKERS["cuda"]:  # vLLM completes a configuration more than once
+        logger.warning("expertier: experts on CUDA have never been run on a GPU; compare the output with stock's")
 
 
 def tell_causes() -> None:
