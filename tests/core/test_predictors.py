@@ -281,7 +281,7 @@ def test_a_blend_whose_table_repeats_the_path_says_all_before_the_first_layer(
     assert np.array_equal(predictor.refine(0)[1:], forecast.now[1:]) is not refines
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (5,)])
+@pytest.mark.parametrize("shape", [(), (1,), (5,), (70,)])
 def test_products_are_those_of_a_matrix_and_each_vector(shape: tuple[int, ...]) -> None:
     dice = np.random.default_rng(0)
     matrix, vectors = dice.standard_normal((7, 40)), dice.standard_normal((*shape, 40))

@@ -8,8 +8,8 @@ of need: when a prefetch arrives depends on the moment. The simulator is given t
 turns, and predicts the others.
 
 With ``--predictor FOLDER`` those others run with prediction, whole paths and lookahead. Then bytes depend on the
-moment, too, and are compared like times. What prediction takes of the engine's own time is measured in the same turns
-at the budget the speeds are from.
+moment, too, and are compared like times. What prediction takes of the engine is taken from one more run, with
+prediction at the budget the speeds are from.
 """
 
 from __future__ import annotations
@@ -23,9 +23,6 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
@@ -72,18 +69,13 @@ class Run:
 
     def step(self, token: int) -> None:
         """Decode one token."""
-        before = self._counts()
+        before = self.llama.offload.stats().decode
         started = time.perf_counter()
         self.llama.eval([token])
         self.measured.seconds.append(time.perf_counter() - started)
-        stall, loads = self._counts() - before
-        self.measured.stall.append(float(stall))
-        self.measured.loads.append(int(loads))
-
-    def _counts(self) -> NDArray[np.float64]:
-        """Seconds of waiting and loads begun so far."""
-        stats = self.llama.offload.stats()
-        return np.array([stats.decode.stall_seconds, stats.decode.misses + stats.prefetches])
+        after = self.llama.offload.stats().decode
+        self.measured.stall.append(after.stall_seconds - before.stall_seconds)
+        self.measured.loads.append(after.misses - before.misses)
 
     def finish(self) -> tuple[dict[str, Any], Events, float]:
         """Return the manager's counters, the trace and the seconds of a step."""
@@ -113,12 +105,6 @@ def fit(events: Events, found: Replay, measured: Measured, share: float, target:
     return replace(timing, bandwidth=slow)
 
 
-def own_time_of_prediction(timing: Timing, measured: Measured) -> float:
-    """Seconds a step with prediction does not wait, beyond compute and what its loads cost."""
-    own = np.array(measured.seconds) - np.array(measured.stall) - timing.load_cost * np.array(measured.loads)
-    return max(float(np.median(own)) - timing.compute, 0.0)
-
-
 def predicted(events: Events, budget: int, timing: Timing, model: Path, predictor: Path) -> TimedReplay:
     """Simulate what the engine does with prediction."""
 
@@ -138,6 +124,19 @@ def predicted(events: Events, budget: int, timing: Timing, model: Path, predicto
         )
 
     return replay_timed(events, "predictive", budget, timing, loads=loads)
+
+
+def fit_prediction(events: Events, budget: int, timing: Timing, model: Path, predictor: Path, target: float) -> Timing:
+    """Find what prediction takes of the engine, with which the simulator takes as long as a run with prediction did."""
+    least, most = 0.0, target
+    while most - least > 1e-5:
+        middle = (least + most) / 2
+        timed = predicted(events, budget, replace(timing, prediction=middle), model, predictor)
+        if timed.seconds / timed.steps < target:
+            least = middle
+        else:
+            most = middle
+    return replace(timing, prediction=least)
 
 
 def compare(
@@ -165,9 +164,8 @@ def compare(
     found = replay(events, "lfu", stats["budget_bytes"])
     timing = fit(events, found, calibration.measured, share, seconds)
     if predictor is not None:
-        predicting = runs.pop(PREDICTING)
-        predicting.finish()
-        timing = replace(timing, prediction=own_time_of_prediction(timing, predicting.measured))
+        stats, events, seconds = runs.pop(PREDICTING).finish()
+        timing = fit_prediction(events, stats["budget_bytes"], timing, model, predictor, seconds)
     rows = []
     for budget, run in runs.items():
         stats, events, seconds = run.finish()

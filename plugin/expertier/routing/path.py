@@ -197,7 +197,7 @@ class PathScorer:
         for place, (norm, mix, bias, out) in enumerate(self._blocks):
             normed = _normed(x) * norm
             before = np.concatenate([memory.before[place][None], normed[:-1]])
-            gates = np.concatenate([normed, before], 1) @ mix.T + bias
+            gates = times(mix, np.concatenate([normed, before], 1)) + bias
             gate, value, outlet = np.split(gates, 3, axis=1)
             gate = sigmoid(gate)
             keep, states = 1.0 - gate, gate * value
@@ -206,7 +206,7 @@ class PathScorer:
                 state = states[row] = states[row] + keep[row] * state
             memory.states[place] = state
             memory.before[place] = normed[-1]
-            x = x + (states * _silu(outlet)) @ out.T
+            x = x + times(out, states * _silu(outlet))
         memory.length += len(ids)
         last: Array = x[-1]
         return last

@@ -16,14 +16,17 @@ Array = NDArray[np.floating[Any]]
 
 _ALONE = 1 << 18
 """Multiplications that OpenBLAS does not share among threads."""
+_FEW = 4  # vectors up to which blocks are no quicker: the matrix has to come from memory
 
 
-def times(matrix: Array, vector: Array) -> Any:
+def times(matrix: Array, vectors: Array) -> Any:
     """Multiply a matrix, shape ``(m, n)``, with a vector ``(n,)`` or every row of ``(k, n)``; ``(m,)`` or ``(k, m)``.
 
-    What is multiplied here has to come from memory anyway, which is as quick like this.
+    A matrix that meets few vectors has to come from memory, which is as quick without BLAS.
     """
-    return np.einsum("ij,...j->...i", matrix, vector)
+    if vectors.ndim == 2 and len(vectors) > _FEW:
+        return pairs(vectors, matrix)
+    return np.einsum("ij,...j->...i", matrix, vectors)
 
 
 def pairs(left: Array, right: Array) -> NDArray[np.float32]:

@@ -26,8 +26,8 @@ class Timing:
     load_cost : float
         Seconds of the engine's own time per load (bookkeeping, moving memory).
     prediction : float
-        Seconds of the engine's own time that a decode step's forecast and its corrections take, beside loads: half of
-        them before the first layer, the rest after its routers.
+        Seconds that a decode step's forecast, its corrections and reads beside the engine take from it: half of them
+        before the first layer, the rest after its routers.
     expert_share : float
         Part of `compute` that multiplies experts; only this overlaps with loads of later parts of the same experts.
     """
