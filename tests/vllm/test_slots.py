@@ -98,6 +98,22 @@ def test_a_budget_below_one_tokens_experts_in_every_layer_is_refused_at_start(
 
 
 @pytest.mark.parametrize(
+    ("left", "workers", "wanted"),
+    [(64 << 30, 1, "all"), (64 << 30, 2, "all"), (12 << 30, 1, 6 << 30), (12 << 30, 3, 2 << 30)],
+)
+def test_a_devices_host_tier_has_room_for_all_experts_or_half_of_what_is_left(
+    monkeypatch: pytest.MonkeyPatch, left: int, workers: int, wanted: str | int
+) -> None:
+    pytest.importorskip("torch")
+    from expertier.planning.memory import MemoryLimit
+    from expertier_vllm import slots
+
+    monkeypatch.setattr(slots, "memory_left", lambda: MemoryLimit(source="a test", limit=left, left=left))
+    found = slots.usual_host_bytes(8 << 30, workers)
+    assert found == wanted if wanted != "all" else 8 << 30 < found < 9 << 30
+
+
+@pytest.mark.parametrize(
     ("given", "words"),
     [
         ({"host_budget": "1GiB"}, "A budget of 'auto' is not possible"),
