@@ -51,7 +51,9 @@ class VllmOptions:
     def lossy(self) -> bool:
         """Whether resident experts may stand in for absent ones."""
         offload = self.offload
-        return offload.virtual_bias is not None or parse_quality_budget(offload.quality_budget).kind != "exact"
+        if offload.virtual_bias is not None or offload.virtual_hard == "on":
+            return True
+        return parse_quality_budget(offload.quality_budget).kind != "exact"
 
     @classmethod
     def from_additional_config(cls, additional: object) -> VllmOptions | None:
@@ -94,10 +96,6 @@ class VllmOptions:
                 "repack='off' is not possible in vLLM: its kernels compute on rearranged weights only.",
                 "Leave repack at 'auto'.",
             )
-        if offload.virtual_hard == "on":
-            raise UnsupportedOptionError(
-                "virtual_hard is not possible in vLLM yet.", "Use virtual_bias: resident experts are then preferred."
-            )
         parse_budget(offload.budget, 1 << 60)  # a slip of the pen is told before any work
         found = cls(
             offload=offload,
@@ -129,6 +127,7 @@ class VllmOptions:
             "trace": offload.trace is not None,
             "governor": offload.governor != "off",
             "virtual_bias": offload.virtual_bias is not None,
+            "virtual_hard": offload.virtual_hard == "on",
             "quality_budget": parse_quality_budget(offload.quality_budget).kind != "exact",
         }.items():
             if wanted:

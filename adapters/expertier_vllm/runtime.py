@@ -38,6 +38,8 @@ from expertier.routing.opening import gate_mode, open_predictor, policy_for
 from expertier.routing.trace_header import trace_header
 from expertier.storage import StorageFile
 from expertier.virtual import VirtualExperts, VirtualSettings
+from expertier.virtual.importance import Importance
+from expertier.virtual.swapping import Swapper
 from expertier_vllm.checkpoint import CheckpointFiles, SourceReader
 from expertier_vllm.grouping import token_groups
 from expertier_vllm.halves import compute_in_halves
@@ -172,6 +174,8 @@ class Runtime:
         self.failure: ExpertLoadError | RouterScoresError | None = None
         self.route_log: RouteLog | None = None
         self.virtual: VirtualExperts | None = None
+        self._swapper: Swapper | None = None  # in hard mode
+        self._wished: tuple[NDArray[np.int64], torch.Tensor] | None = None  # what it is not told yet of a layer
         self._substituting = False
         self._exact: NDArray[np.bool_] | None = None  # tokens of the step that may not be given stand-ins
         self._slots: ExpertSlots | None = None
@@ -274,20 +278,24 @@ class Runtime:
         if self.in_slots:
             self._make_slots(managed, pack, file)
             return
-        pool = WindowPool(managed, {pack.path: file}, pack.check, packed=True)
-        for stage in self._stages:
-            stage.spacing = pool.spacing[stage.layer]
-        self.budget = WorkerBudget(
-            offload,
-            smallest=max(layer.top_k * pool.slot_bytes(layer.layer) for layer in managed),
-            largest=sum(layer.experts * pool.slot_bytes(layer.layer) for layer in managed),
-            one_layer=max(layer.experts * pool.slot_bytes(layer.layer) for layer in managed),
-            always=sum(stage.resident_bytes for stage in self._stages),
-            sharers=self.facts.local_workers,
-        )
         settings = VirtualSettings.from_options(offload, top_k=min(stage.top_k for stage in self._stages))
         if settings is not None:
             self.virtual = VirtualExperts([stage.layer for stage in self._stages], settings)
+        hard = self.virtual is not None and self.virtual.hard
+        pool = WindowPool(managed, {pack.path: file}, pack.check, packed=True)
+        for stage in self._stages:
+            stage.spacing = pool.spacing[stage.layer]
+        token = [layer.top_k * pool.slot_bytes(layer.layer) for layer in managed]
+        smallest = sum(token) if hard else max(token)
+        whole = [layer.experts * pool.slot_bytes(layer.layer) for layer in managed]
+        self.budget = WorkerBudget(
+            offload,
+            smallest=smallest,
+            largest=sum(whole),
+            one_layer=max(smallest, *whole),
+            always=sum(stage.resident_bytes for stage in self._stages),
+            sharers=self.facts.local_workers,
+        )
         try:
             self._predictor = self._open_predictor()
             self.manager = OffloadManager(
@@ -299,7 +307,8 @@ class Runtime:
                     policy=policy_for(offload, self._predictor, lossy=settings is not None),
                     half_life=offload.half_life,
                     io_threads=offload.io_threads,
-                    fill=True,
+                    fill=not hard,
+                    every_layer=hard,
                 ),
             )
         except BaseException:
@@ -307,6 +316,8 @@ class Runtime:
             raise
         weakref.finalize(self, self.manager.close)
         self.budget.attach(self.manager)
+        if hard:
+            self._swapper = Swapper(self.manager, Importance({layer.layer: layer.experts for layer in managed}))
         self._keep_profile()
         if offload.trace is not None and self.facts.rank == 0:
             if not self._sees_all_layers:
@@ -578,6 +589,7 @@ class Runtime:
             return weights, ids
         routes = ids.numpy().astype(np.int64)
         self._note_wishes(stage, routes)  # they decide who stays, whoever stands in
+        self._wished = routes, weights
         if not self._substituting:
             return weights, ids
         try:
@@ -599,7 +611,7 @@ class Runtime:
         routes: NDArray[np.int64],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         assert self.virtual is not None
-        resident = self.manager.resident(stage.layer, arriving=True)
+        resident = self.manager.resident(stage.layer, arriving=not self.virtual.hard)
         exact = self._exact
         return stand_in(self.virtual, stage.layer, resident, stage.scoring, logits, weights, ids, routes, exact)
 
@@ -657,6 +669,9 @@ class Runtime:
             ids = torch.cat((ids[:wanted], ids[:1].expand(len(ids) - wanted, -1)))
         if self.virtual is None:
             self._note_wishes(stage, routes[:wanted])
+        elif self._swapper is not None and self._kind.real and self._wished is not None:
+            wished, gate = self._wished
+            self._swapper.note(stage.layer, wished, gate.numpy(), x.float().numpy())
         if self._recording is not None and self._kind.real:
             self._recording.layer(stage.layer, routes, weights, x)
         capacity = self._capacity(stage.layer)
@@ -686,11 +701,16 @@ class Runtime:
         """Experts of a layer that can be resident at once."""
         if self._slots is not None:
             return self._slots.capacity(layer)
-        return self.manager.budget // self._slot[layer]
+        return self.manager.capacity(layer)
+
+    @property
+    def _never_waits(self) -> bool:
+        """Whether the step chooses among resident experts only."""
+        return self._substituting and self._swapper is not None
 
     def _load_ahead(self, stage: ExpertStage, x: torch.Tensor, routes: NDArray[np.int64]) -> None:
         # A warm-up has nothing ahead of it, and while graphs are captured no other thread may use the device.
-        if self._ahead is not None and (self._kind.real or self._slots is None):
+        if self._ahead is not None and (self._kind.real or self._slots is None) and not self._never_waits:
             insisted = self._insisted if self._substituting else None
             self._ahead.after_router(
                 stage.layer, routes, lambda: x.float().cpu().numpy(), decode=self._kind.decode, insisted=insisted
@@ -742,6 +762,8 @@ class Runtime:
             self._exact = self._kind.exact(tokens, prompts=not self.virtual.settings.prefill)
             spared = 0 if self._exact is None else int(self._exact.sum())
             self._substituting = self.virtual.begin_step(tokens, "decode", exact=spared)
+            if self._swapper is not None:
+                self._swapper.begin_step(tokens, phase)
 
     def _end(self, *, failed: bool = False) -> None:
         if self._step_open:
@@ -756,3 +778,5 @@ class Runtime:
             self.manager.end_step()
             if self.virtual is not None and self._kind.real:
                 self.virtual.end_step()
+                if self._swapper is not None and self._never_waits:
+                    self._swapper.after_step()

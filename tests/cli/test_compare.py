@@ -60,7 +60,8 @@ def test_without_the_right_to_limit_memory_the_unlimited_arms_run_and_the_others
     assert text.exit_code == 0, text.output
     assert "bit-identical" in text.stdout and "Permission denied" in text.stdout
     assert (out / "comparison.png").exists()
-    assert invoke_json("report", out)["summary"] == data["summary"]
+    for named in (out, out / "comparison.json"):
+        assert invoke_json("report", named)["summary"] == data["summary"]
 
 
 def test_repacked_kernels_are_compared_with_repacked_kernels(

@@ -180,6 +180,31 @@ def test_every_layer_has_a_token_s_experts_from_the_start_and_keeps_them(tmp_pat
         engine.check()
 
 
+@pytest.mark.parametrize(("slots", "kept"), [(6, 2), (12, 2), (17, 3), (24, 5)])
+def test_every_layer_begins_with_what_a_whole_layer_leaves_for_each(tmp_path: Path, slots: int, kept: int) -> None:
+    with fake_engine(tmp_path, SHAPES, slots * SLOT, every_layer=True) as engine:
+        engine.manager.warm_up()
+        assert [engine.manager.resident(layer).sum() for layer in SHAPES] == [kept] * 3
+        engine.check()
+
+
+@pytest.mark.parametrize("slots", [6, 7, 9, 12, 17, 24])
+def test_a_prompt_may_need_as_many_experts_of_a_layer_as_there_is_room_beside_what_others_keep(
+    tmp_path: Path, slots: int
+) -> None:
+    with fake_engine(tmp_path, SHAPES, slots * SLOT, every_layer=True) as engine:
+        engine.manager.warm_up()
+        most = {layer: min(8, engine.manager.capacity(layer)) for layer in SHAPES}
+        assert all(count >= 2 for count in most.values())
+        for first in (0, 3, 5):  # other experts every time
+            engine.step(
+                {layer: [[(first + place) % 8] for place in range(count)] for layer, count in most.items()},
+                phase="prefill",
+            )
+            assert all(engine.manager.resident(layer).sum() >= 2 for layer in SHAPES)
+            engine.check()
+
+
 def test_a_budget_without_room_for_that_is_refused(tmp_path: Path) -> None:
     refused = pytest.raises(BudgetError, match="in every layer at once")
     with refused, fake_engine(tmp_path, SHAPES, 5 * SLOT, every_layer=True):

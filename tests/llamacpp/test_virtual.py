@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gguf import GGUFReader
 
-from expertier.errors import BudgetError, UnsupportedModelError, UnsupportedOptionError
+from expertier.errors import BudgetError, RouterScoresError, UnsupportedModelError, UnsupportedOptionError
 from expertier_llamacpp import Llama, ggml, router
 from expertier_llamacpp.batch import BatchEngine, Request, Sampling
 from expertier_llamacpp.callback import EvalHook
@@ -305,6 +307,20 @@ def test_what_a_body_asks_for(body: bytes, expected: bool) -> None:
 def test_a_misspelt_wish_for_exactness_is_not_answered_lossily(own: bytes) -> None:
     with pytest.raises(ValueError, match=r'it can be {"exact": true}'):
         wants_exactness(b'{"expertier": ' + own + b"}")
+
+
+def test_scores_that_are_no_numbers_end_the_step_and_not_the_model(tiny_model: TinyModel, tmp_path: Path) -> None:
+    broken = Path(shutil.copy(tiny_model(spec()), tmp_path / "broken.gguf"))
+    [gate] = [tensor for tensor in GGUFReader(broken).tensors if tensor.name == "blk.1.ffn_gate_inp.weight"]
+    with broken.open("r+b") as file:
+        file.seek(int(gate.data_offset))
+        file.write(np.full(gate.n_elements, np.nan, np.float32).tobytes())
+    with closing(expertier(broken, tight(broken), expert_virtual_bias=0.3)) as llm:
+        for _ in range(2):
+            llm.reset()
+            with pytest.raises(RouterScoresError, match="not numbers"):
+                for token in PROMPT:
+                    llm.eval([token])
 
 
 # ---- hard mode

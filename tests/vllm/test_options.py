@@ -113,8 +113,14 @@ def test_the_scheduler_is_vllms_own_unless_asked() -> None:
     assert asked is not None and asked.scheduler == "greedy"
 
 
-def test_a_hard_mask_is_refused_and_a_bias_is_taken() -> None:
-    with pytest.raises(UnsupportedOptionError, match="virtual_hard is not possible in vLLM"):
-        VllmOptions.from_additional_config({"expertier": {"virtual_hard": "on"}})
-    options = VllmOptions.from_additional_config({"expertier": {"virtual_bias": 0.1}})
-    assert options is not None and options.offload.virtual_bias == 0.1
+def test_a_hard_mask_and_a_bias_are_lossy_and_bias_0_is_asked_for_too() -> None:
+    for given, lossy in (({"virtual_hard": "on"}, True), ({"virtual_bias": 0}, True), ({}, False)):
+        options = VllmOptions.from_additional_config({"expertier": given})
+        assert options is not None and options.lossy == lossy
+
+
+def test_a_hard_mask_is_not_possible_in_slots() -> None:
+    with pytest.raises(UnsupportedOptionError, match="virtual_hard is not possible with experts in slots"):
+        VllmOptions.from_additional_config(
+            {"expertier": {"virtual_hard": "on", "budget": "1GiB", "host_budget": "1GiB"}}
+        )

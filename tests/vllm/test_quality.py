@@ -33,6 +33,7 @@ def profiled(model: str, other: str, texts: str) -> dict[str, Any]:
     from expertier.quality.profile import profile_paths
 
     arguments = ["profile", model, "--engine", "vllm", "--quality", "--text", texts, "--at", "50%", "--points", "2"]
+    arguments.append("--hard")
     measured = CliRunner().invoke(app, [*arguments, "--tokens-per-text", "16", "--threads", "1", "--json"])
     assert measured.exit_code == 0, measured.output
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"  # the command has its own size of the KV cache
@@ -61,7 +62,7 @@ def profiled(model: str, other: str, texts: str) -> dict[str, Any]:
         "none": refused(other, quality_budget="1%"),
         "less": refused(budget="30%", quality_budget="1%"),
         "rivals": refused(quality_budget="1%", virtual_bias=0.2),
-        "hard": refused(virtual_hard="on"),
+        "hard": refused(quality_budget="0.0001%", virtual_hard="on"),
     }
     profile_paths(read_catalog(Path(other)), None)[0].write_bytes(
         profile_paths(read_catalog(Path(model)), None)[0].read_bytes()
@@ -105,12 +106,21 @@ def outcome(checkpoint: Callable[[HfSpec], Path], tmp_path_factory: pytest.TempP
 def test_a_profile_measured_in_vllm_has_exact_points_that_cost_nothing_and_lossy_ones_that_do(outcome: Any) -> None:
     profile = outcome["profile"]
     assert profile["engine"] == "vLLM" and profile["texts"] == 5
-    exact, *lossy = sorted(profile["points"], key=lambda point: point["bias"])
+    points = [point for point in profile["points"] if not point["hard"]]
+    exact, *lossy = sorted(points, key=lambda point: point["bias"])
     assert exact["kl"]["high"] == 0.0 and exact["agreement"] == 1.0
     assert lossy
     for point in lossy:
         assert point["kl"]["middle"] > 0 and all(mass > 0 for mass in point["substituted"])
         assert 0 < point["loads_per_token"] < exact["loads_per_token"]
+
+
+def test_the_cost_of_hard_mode_is_measured_in_vllm_too(outcome: Any) -> None:
+    points = outcome["profile"]["points"]
+    [hard] = [point for point in points if point["hard"]]
+    [exact] = [point for point in points if not point["bias"] and not point["hard"]]
+    assert hard["kl"]["middle"] > 0
+    assert hard["loads_per_token"] < exact["loads_per_token"]  # what is left are the texts' first tokens: prompts
 
 
 def test_a_percentage_is_resolved_watched_and_told(outcome: Any) -> None:
@@ -141,7 +151,7 @@ def test_scores_that_are_no_numbers_end_the_requests_of_the_step_and_not_the_ser
         ("foreign", "QualityProfileError", "is of another model"),
         ("less", "QualityBudgetError", "the memory budget holds 30 %"),
         ("rivals", "QualityBudgetError", "contradict each other"),
-        ("hard", "UnsupportedOptionError", "virtual_hard is not possible in vLLM"),
+        ("hard", "QualityBudgetError", "eave hard mode"),
     ],
 )
 def test_what_cannot_be_promised_is_refused_by_name(outcome: Any, case: str, error: str, words: str) -> None:

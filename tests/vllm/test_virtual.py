@@ -46,9 +46,26 @@ def served(model: str, grouped: str) -> dict[str, Any]:
     with engine(model, "30%", **SETTINGS) as llm:
         ask(llm)
         outcome["lossless stats"] = llm.collective_rpc("expertier_stats")[0]
+    with engine(model, "40%", expertier={"virtual_hard": "on"}, **SETTINGS) as llm:
+        outcome["hard exact"] = ask(llm, exact)
+        before = llm.collective_rpc("expertier_stats")[0]
+        for _ in range(3):  # one prompt at a time: a step that has a prompt in it may wait
+            for prompt in prompts:
+                llm.generate(prompt, usual, use_tqdm=False)
+        outcome["hard stats"] = [before, llm.collective_rpc("expertier_stats")[0]]
+        outcome["hard shrunk"] = llm.collective_rpc("expertier_resize", args=("10%",))[0]["error"]["problem"]
+    outcome["hard refused"] = [
+        error_of(lambda checkpoint=checkpoint, budget=budget: _start_hard(checkpoint, budget))
+        for checkpoint, budget in ((model, "10%"), (grouped, "100%"))
+    ]
     outcome["schemes"] = _schemes()
     outcome["unknown"] = _unknown()
     return outcome
+
+
+def _start_hard(model: str, budget: str) -> None:
+    with engine(model, budget, expertier={"virtual_hard": "on"}, **SETTINGS):
+        pass
 
 
 def compiled(model: str) -> dict[str, Any]:
@@ -107,12 +124,13 @@ def _unknown() -> list[str]:
 
     import torch
 
+    from expertier.virtual import VirtualSettings
     from expertier_vllm.compat.v032.router import CPURouter, install
 
     def named(router: Any) -> str:
         runner = SimpleNamespace(routed_experts=SimpleNamespace(managed=object(), layer_name="x"), router=router)
         model: Any = SimpleNamespace(modules=lambda: [torch.nn.Identity(), runner])
-        return error_of(lambda: install(model))
+        return error_of(lambda: install(model, VirtualSettings(bias=0.1)))
 
     return [
         named(object()),
@@ -161,6 +179,28 @@ def test_a_request_that_asks_for_exactness_gets_stocks_tokens_among_others_that_
     assert outcome[f"{model} exact"] == stock
     assert outcome[f"{model} mixed"][::2] == stock[::2]
     assert outcome[f"{model} mixed"][1::2] != stock[1::2]
+
+
+def test_in_hard_mode_no_decode_step_waits_and_the_resident_set_follows_the_wishes(outcome: Any) -> None:
+    before, after = outcome["hard stats"]
+    assert "lossy: resident experts only" in after["mode"]
+    assert after["decode"]["tokens"] > before["decode"]["tokens"]
+    for count in ("misses", "late", "stall_seconds"):
+        assert after["decode"][count] == before["decode"][count]
+    assert after["swaps"] > 0
+    assert sum(after["virtual"]["substituted_share"]) > 0
+    assert after["peak_resident_bytes"] <= after["budget_bytes"]
+
+
+def test_in_hard_mode_a_request_may_ask_for_exactness(outcome: Any) -> None:
+    assert outcome["hard exact"] == outcome["plain stock"]
+
+
+def test_hard_mode_needs_room_for_a_token_in_every_layer_and_routers_without_groups(outcome: Any) -> None:
+    shrunk, (small, grouped) = outcome["hard shrunk"], outcome["hard refused"]
+    assert "BudgetError" in small and "in every layer at once" in small
+    assert "in every layer at once" in shrunk
+    assert "UnsupportedOptionError" in grouped and "groups of experts" in grouped
 
 
 def test_weights_of_any_choice_are_the_routers_own_arithmetic(outcome: Any) -> None:

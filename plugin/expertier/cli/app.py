@@ -583,7 +583,10 @@ def simulate(
 @reported
 def report(
     path: Annotated[
-        Path, typer.Argument(metavar="PATH", help="What `compare --out` wrote (a directory), or a trace of routes.")
+        Path,
+        typer.Argument(
+            metavar="PATH", help="What `compare --out` wrote (the directory or its record), or a trace of routes."
+        ),
     ],
     out: Annotated[
         Path | None, typer.Option("--out", help="Of a trace: directory for page and pictures. \\[default: beside it]")
@@ -598,10 +601,11 @@ def report(
     as_json: AsJson = False,
 ) -> None:
     """Draw a comparison again from its record, or a trace: use of experts, reuse, hit ratios, loads against compute."""
-    if path.is_dir() or not path.exists():
-        from expertier.cli.compare import report as command
+    from expertier.cli.compare import RECORD
+    from expertier.cli.compare import report as command
 
-        command(path, as_json=as_json)
+    if path.is_dir() or not path.exists() or path.name == RECORD:
+        command(path.parent if path.name == RECORD else path, as_json=as_json)
     else:
         from expertier.cli.report_trace import report_trace
 

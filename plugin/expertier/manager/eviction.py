@@ -58,11 +58,19 @@ class Eviction:
         """The running step needs nothing but its lease of this layer any more."""
         self._finished[self._table.position[layer]] = True
 
-    def evictable(self, layer: int | None, least: int | None = None, *, worth: FloatArray | None = None) -> IntArray:
+    def evictable(
+        self,
+        layer: int | None,
+        least: int | None = None,
+        *,
+        worth: FloatArray | None = None,
+        demanded: bool = False,
+    ) -> IntArray:
         """Resident, unpinned experts that may make room for `layer` (``None``: for nobody), best victims first.
 
         With `least` only the first so many, and those that are as good as the last of them: sorting thousands to take
         two cost more than all else a miss costs here. With `worth` (of all experts) that counts and not the policy.
+        `demanded`: a step has pinned what it needs, and waits.
         """
         table = self._table
         position = 0
@@ -74,7 +82,9 @@ class Eviction:
         candidates = np.flatnonzero(usable)
         scores = self._policy.keep_scores(candidates, position) if worth is None else worth[candidates]
         if self._every_layer:
-            spared = spare_every_layer(table.layer_of, table.state == RESIDENT, table.floor(), candidates, scores)
+            # What a step is about to have of a layer takes the place of what that layer kept.
+            kept = (table.state == RESIDENT) | (table.pins > 0) if demanded else table.state == RESIDENT
+            spared = spare_every_layer(table.layer_of, kept, table.floor(), candidates, scores)
             candidates, scores = candidates[spared], scores[spared]
         if self._sweeping:
             # A step of many tokens touches most experts of every layer: those of layers still to come would be read
@@ -88,7 +98,7 @@ class Eviction:
 
     def victims(self, layer: int, *, demanded: bool, least: int | None = None) -> Victims:
         """Experts that may make room for `layer`; for a demand they are worth nothing."""
-        victims = self.evictable(layer, least)[::-1]
+        victims = self.evictable(layer, least, demanded=demanded)[::-1]
         if demanded:
             worth = np.zeros(len(victims))
         else:

@@ -114,13 +114,13 @@ class OffloadManager:
         """Begin to fill the pool where the configuration asks for it; returns at once.
 
         What to fill it with must be known: everything fits, or :meth:`warm` told what is used often. Where every layer
-        keeps some experts, it waits for the first of them, which count as a prompt's.
+        keeps some experts, it waits for those, which count as a prompt's.
         """
         if self.config.every_layer:
             self._phase = self._stats.prefill
             for layer in self._table.layers:
                 chances = self._policy.use_probability(self._numbers[self._table.slice_of(layer)])
-                self.acquire(layer, np.argsort(-chances, kind="stable")[: self._table.top_k[layer]]).release()
+                self.acquire(layer, np.argsort(-chances, kind="stable")[: self._table.floor()]).release()
         with self._lock:
             if self._warm or self._everything_fits:
                 self._fill()
@@ -509,6 +509,10 @@ class OffloadManager:
     def bytes_of(self, layer: int, experts: int) -> int:
         """Memory that so many experts of a layer occupy."""
         return experts * self._table.slot_bytes[layer]
+
+    def capacity(self, layer: int) -> int:
+        """Most experts of a layer that can be resident at once, beside what every other layer keeps."""
+        return self._table.capacity(layer)
 
     def resize(self, budget: int) -> None:
         """Change the budget while the engine runs, also in the middle of a step, from any thread.

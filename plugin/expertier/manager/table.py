@@ -178,6 +178,13 @@ class ExpertTable:
         room = self.budget - max(self.experts[layer] * self.slot_bytes[layer] for layer in self.layers)
         return max(max(self.top_k.values()), room // sum(self.slot_bytes.values()))
 
+    def capacity(self, layer: int) -> int:
+        """Most experts of the layer that can be resident at once, beside what every other layer keeps."""
+        kept = 0
+        if self._every_layer:
+            kept = self.floor() * sum(self.slot_bytes[other] for other in self.layers if other != layer)
+        return (self.limit(layer) - kept) // self.slot_bytes[layer]
+
     # ---- what is asked for is possible
 
     def check_budget(self, budget: int) -> None:

@@ -12,7 +12,7 @@ from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from expertier.virtual import close_groups
+from expertier.virtual import VirtualSettings, close_groups
 from expertier_vllm import refusals
 from expertier_vllm.stage import ExpertStage
 
@@ -121,13 +121,22 @@ class Scoring:
         return (values - torch.logsumexp(logits, dim=-1, keepdim=True)).exp().to(torch.float32)
 
 
-def install(model: torch.nn.Module) -> None:
+def install(model: torch.nn.Module, settings: VirtualSettings) -> None:
     """Have the routers of all managed layers ask Expertier.
+
+    Parameters
+    ----------
+    model : Module
+        The model.
+    settings : VirtualSettings
+        What was asked for.
 
     Raises
     ------
     UnsupportedModelError
         A router's weights cannot be had for experts that it did not choose itself.
+    UnsupportedOptionError
+        As for :meth:`expertier.virtual.VirtualSettings.check_groups`.
     """
     for runner in model.modules():
         stage = getattr(getattr(runner, "routed_experts", None), "managed", None)
@@ -137,6 +146,7 @@ def install(model: torch.nn.Module) -> None:
         reason = _unknown(router)
         if reason:
             raise refusals.unknown_router(reason)
+        settings.check_groups(router.num_expert_group if router.use_grouped_topk else 0)
         router.__class__ = VirtualRouter
         router.expertier_layer = runner.routed_experts.layer_name
         router.expertier_stage = stage

@@ -130,7 +130,7 @@ class ManagedWorker:
         if self.expertier.virtual is not None:
             from expertier_vllm.compat.v032 import router
 
-            router.install(self.get_model())
+            router.install(self.get_model(), self.expertier.virtual.settings)
 
     def _step_kind(self) -> StepKind:
         """Also tell which tokens are of requests that asked for exactness, and which are of prompts."""
