@@ -141,20 +141,25 @@ def test_with_room_for_all_nothing_is_read_twice_and_no_request_waits(eager: Any
         ),
         # Eager execution with a KV cache of a given size fails in stock vLLM 0.32: nothing allocates what the second
         # stage receives into (gpu_model_runner.sync_and_gather_intermediate_tensors).
-        pytest.param({"pipeline_parallel_size": 2, "enforce_eager": False}, {"windows": {}}, id="pipeline parallel"),
+        pytest.param(
+            {"tensor_parallel_size": 2, "pipeline_parallel_size": 2, "enforce_eager": False},
+            {"windows": {}},
+            id="tensor and pipeline parallel",
+        ),
     ],
 )
-def test_two_workers_give_the_tokens_of_two_stock_workers(
+def test_several_workers_give_the_tokens_of_as_many_stock_workers(
     checkpoint: Callable[[HfSpec], Path], arguments: dict[str, Any], ours: dict[str, dict[str, Any]]
 ) -> None:
     spec = HfSpec(layers=2)  # one for each stage
     outcome = run(
         parallel_answers, str(checkpoint(spec)), arguments, ours, environment={"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     )
+    workers = 2 * arguments.get("pipeline_parallel_size", 1)
     for name in ours:
         assert outcome[name] == outcome["stock"]
         stats = outcome[f"{name} stats"]
-        assert [worker["rank"] for worker in stats] == [0, 1]
+        assert [worker["rank"] for worker in stats] == list(range(workers))
         assert sum(worker["total_bytes"] for worker in stats) == 2 * spec.experts * EXPERT
         assert all(worker["peak_resident_bytes"] <= worker["budget_bytes"] for worker in stats)
         assert ("tier" in stats[0]) == (name == "slots")
