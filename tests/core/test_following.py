@@ -340,7 +340,7 @@ def test_the_next_gate_is_asked_only_about_layers_the_forecast_is_unsure_of(tmp_
 
 
 def test_a_predictor_that_listens_is_told_what_the_next_routers_say(tmp_path: Path) -> None:
-    heard = []
+    heard: list[Any] = []
 
     class Listener(FixedPredictor):
         listens = True
@@ -352,16 +352,24 @@ def test_a_predictor_that_listens_is_told_what_the_next_routers_say(tmp_path: Pa
     model = RoutedModel(layers=(0, 1, 2), experts=(EXPERTS,) * 3, top_k=(2,) * 3, fingerprint="x")
     gates = {layer: (layer + 1) * np.eye(EXPERTS, dtype=np.float32) for layer in range(3)}
     hidden = np.arange(2 * EXPERTS, dtype=np.float32).reshape(2, EXPERTS)
-    with engine_with(tmp_path, 12) as engine:  # type: ignore[attr-defined]
-        loader = AheadLoader(
-            manager=engine.manager,
-            experts=dict.fromkeys(range(3), EXPERTS),
-            lookahead=Lookahead(gates=gates, norms={}, top_k=dict.fromkeys(range(3), 2)),
-            gate=GainGate("on"),
-            predictor=Listener(model, np.zeros((3, EXPERTS))),
-        )
-        loader.begin([span(0, 1, key=0), span(0, 2, key=1)], decode=True)
-        loader.after_router(0, np.array([[0, 1], [2, 3]]), lambda: hidden, decode=True)
+
+    def predict(chances: np.ndarray[Any, Any]) -> None:
+        with engine_with(tmp_path, 12) as engine:  # type: ignore[attr-defined]
+            loader = AheadLoader(
+                manager=engine.manager,
+                experts=dict.fromkeys(range(3), EXPERTS),
+                lookahead=Lookahead(gates=gates, norms={}, top_k=dict.fromkeys(range(3), 2)),
+                gate=GainGate("on"),
+                predictor=Listener(model, chances),
+            )
+            loader.begin([span(0, 1, key=0), span(0, 2, key=1)], decode=True)
+            loader.after_router(0, np.array([[0, 1], [2, 3]]), lambda: hidden, decode=True)
+
+    sure = np.zeros((3, EXPERTS))
+    sure[:, :2] = 1.0
+    predict(sure)
+    assert not heard, "nor about a layer that the forecast is sure of"
+    predict(np.zeros((3, EXPERTS)))
     first, second = hidden
     assert heard == [
         (0, {1: (2 * first).tolist(), 2: (3 * first).tolist()}),
