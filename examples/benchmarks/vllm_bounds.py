@@ -39,7 +39,6 @@ PROMPT = 64
 LONG = 2000
 LONG_PROMPT = f"prompt of {LONG} tokens"
 CACHE_BYTES = 288 << 20
-ALONE = 4  # texts answered one after the other where requests come one at a time
 _WARM_TOKENS = 4
 _QUIET = 1.2  # seconds after which a worker that is asked nothing no longer polls
 
@@ -145,7 +144,8 @@ def one_round(
 
     for count, arms in options.requests:
         places = [
-            (texts[(index + number) % len(texts)], number + index // len(texts)) for index in range(max(count, ALONE))
+            (texts[(index + number) % len(texts)], number + index // len(texts))
+            for index in range(count if count > 1 else options.alone)
         ]
         prompts = [text[PROMPT * part : PROMPT * (part + 1)] for text, part in places]
         ask(str(count), arms, [[prompt] for prompt in prompts] if count == 1 else [prompts[:count]], tokens)
@@ -238,6 +238,7 @@ def main() -> None:
     )
     parser.add_argument("--arm", action="append", help="BUDGET, or BUDGET,KEY=VALUE,... (100%%, 50%% and 25%%)")
     parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--alone", type=int, default=4, help="texts in turn where requests come one at a time (4)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, help="begin no round that would end later than this")
     parser.add_argument("--no-long", dest="long", action="store_const", const=None, help="no prompt of 2000 tokens")
