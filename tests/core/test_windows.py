@@ -160,6 +160,26 @@ def test_packed_experts_larger_than_a_huge_page_begin_on_one(tmp_path: Path) -> 
         _check_large(manager, pool, 4)
 
 
+@pytest.mark.parametrize(("sizes", "spacing"), [((6 << 20, 3 << 20), 2), ((5 << 20, 5 << 18), 2), ((2 << 20, PAGE), 1)])
+def test_the_smallest_spacing_that_suits_all_parts_is_taken(
+    tmp_path: Path, sizes: tuple[int, int], spacing: int
+) -> None:
+    pool = WindowPool([layer(tmp_path, 0, 0, sizes)], {tmp_path: None}, packed=True)  # type: ignore[dict-item]
+    try:
+        assert pool.spacing == {0: spacing}
+    finally:
+        pool.close()
+
+
+def test_parts_that_would_need_too_much_address_space_begin_on_ordinary_pages(tmp_path: Path) -> None:
+    sizes = ((2 << 20) + PAGE, PAGE)
+    pool = WindowPool([layer(tmp_path, 0, 0, sizes)], {tmp_path: None}, packed=True)  # type: ignore[dict-item]
+    try:
+        assert pool.spacing == {0: 1}
+    finally:
+        pool.close()
+
+
 def test_where_address_space_is_short_experts_lie_closer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reserve = pages.reserve
 

@@ -90,8 +90,8 @@ class WindowPool:
     ----------
     spacing : dict of int to int
         By layer, the smallest factor that keeps experts off each other's pages in all parts: 1 where sizes are
-        multiples of the page size, at most a page's bytes. Where parts are larger than a huge page, and 16 are enough,
-        it is the smallest that lets every expert begin on one: only then does memory that moves from one expert to
+        multiples of the page size, at most a page's bytes. Where 16 are enough, it is the smallest that also has the
+        parts that are larger than a huge page begin on one: only then does memory that moves from one expert to
         another stay in huge pages. What lies between is address space and nothing more.
 
     Raises
@@ -159,9 +159,11 @@ class WindowPool:
         return windows
 
     def _lay_out_packed(self, layer: LayerExperts, files: Mapping[Path, StorageFile]) -> list[_Window]:
-        usual = _spacing(layer, PAGE)
-        roomy = _spacing(layer, HUGE_PAGE)
-        if usual < roomy <= _MOST_SPACING and all(part.expert_bytes >= HUGE_PAGE for part in layer.parts):
+        sizes = [part.expert_bytes for part in layer.parts]
+        # Powers of two: the largest is a multiple of all.
+        usual = max(_spacing(size, PAGE) for size in sizes)
+        roomy = max(_spacing(size, HUGE_PAGE if size >= HUGE_PAGE else PAGE) for size in sizes)
+        if usual < roomy <= _MOST_SPACING:
             known = len(self._regions)
             try:
                 return self._lay_out_spaced(layer, files, roomy)
@@ -270,6 +272,6 @@ class WindowPool:
         self._regions.clear()
 
 
-def _spacing(layer: LayerExperts, page: int) -> int:
-    """The smallest factor that has every expert of all parts begin on a page of this size."""
-    return max(page // math.gcd(part.expert_bytes, page) for part in layer.parts)  # powers of two: multiples of all
+def _spacing(size: int, page: int) -> int:
+    """The smallest factor that has every expert of so many bytes begin on a page."""
+    return page // math.gcd(size, page)
