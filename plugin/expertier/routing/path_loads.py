@@ -99,7 +99,7 @@ class PathLoads:
         absent = absent[first:]
         if under_way >= self._ahead or not absent.any() or (chances := predict()) is None:
             return 0
-        absent = absent & (chances[first:] >= self._doubtful / WIDEST)
+        absent = absent & (chances[first:] >= min(self._least, self._doubtful) / WIDEST)
         if not absent.any():
             return 0
         believed = chances[first:] * self._confidence.factor(first)
