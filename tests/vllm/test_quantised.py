@@ -21,13 +21,14 @@ pytest.importorskip("vllm")
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(600)]
 
 COMPUTED = ("fp8", "int8", "int4", "gptq", "awq", "mxfp4")
+SHARDED = ("int8", "gptq")  # their checkpoints are in several files
 WIDE = {"layers": 2, "intermediate": 128, "experts": 8}
 
 
 def spec_of(kind: str) -> HfSpec:
     if kind == "mxfp4":
         return HfSpec(family="gpt_oss", layers=2, experts=8)
-    return HfSpec(experts_as=kind, **WIDE)  # type: ignore[arg-type]
+    return HfSpec(experts_as=kind, files=3 if kind in SHARDED else 1, **WIDE)  # type: ignore[arg-type]
 
 
 def answers(llm: Any) -> list[list[int]]:
