@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from device.test_device_tier import CHUNK, SHAPES, SIZE, check_budgets, check_contents, compute, device_tier
+from device.test_device_tier import SHAPES, SIZE, check_budgets, check_contents, compute, device_tier
 from expertier.device import CudaLink
 from expertier.errors import BudgetError
 from support.fake_engine import until
@@ -18,15 +18,19 @@ from support.slow_device import SlowDevice
 pytest.importorskip("torch")
 
 
+def link(torch: SlowTorch, device: str = "cuda") -> CudaLink:
+    """Make a link to what stands in for torch; whatever else is imported meanwhile must find the real one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "torch", torch)
+        return CudaLink(device)
+
+
 @pytest.mark.parametrize("seed", range(6))
-def test_streams_and_events_order_copies_and_kernels_as_the_tier_needs(
-    tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_streams_and_events_order_copies_and_kernels_as_the_tier_needs(tmp_path: Path, seed: int) -> None:
     slow, wrong, dice = SlowDevice(seed), [], np.random.default_rng(seed)  # type: ignore[var-annotated]
     torch = SlowTorch(slow)
-    monkeypatch.setitem(sys.modules, "torch", torch)
     host = 1 + 3 * seed
-    with device_tier(CudaLink("cuda"), tmp_path, device=7, host=host, policy=("lfu", "lru")[seed % 2]) as (tier, _):
+    with device_tier(link(torch), tmp_path, device=7, host=host, policy=("lfu", "lru")[seed % 2]) as (tier, _):
         assert tier.stats().pinned and torch.registered
         for _ in range(80):
             tier.manager.begin_step()
@@ -47,22 +51,18 @@ def test_streams_and_events_order_copies_and_kernels_as_the_tier_needs(
     assert not torch.registered  # what was locked was given back
 
 
-def test_a_device_without_room_is_told_with_what_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torch", SlowTorch(SlowDevice(0), room=SIZE))
+def test_a_device_without_room_is_told_with_what_is_free(tmp_path: Path) -> None:
     with (
         pytest.raises(BudgetError, match=r"cuda:0 has no room for .* \(.* are free\)"),
-        device_tier(CudaLink(), tmp_path, device=7, host=2),
+        device_tier(link(SlowTorch(SlowDevice(0), room=SIZE)), tmp_path, device=7, host=2),
     ):
         pass
 
 
-def test_host_memory_that_cannot_be_locked_is_told_with_the_limit_to_raise(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "torch", SlowTorch(SlowDevice(0), refused=2))
+def test_host_memory_that_cannot_be_locked_is_told_with_the_limit_to_raise(tmp_path: Path) -> None:
     with (
         pytest.raises(BudgetError, match=r"cudaHostRegister failed with code 2.*ulimit -l"),
-        device_tier(CudaLink(), tmp_path, device=7, host=2, chunk_bytes=CHUNK),
+        device_tier(link(SlowTorch(SlowDevice(0), refused=2)), tmp_path, device=7, host=2),
     ):
         pass
 
