@@ -120,11 +120,11 @@ def insisted(
     """
     ranking, probabilities = scoring.scores(torch.from_numpy(logits))
     routes = top_experts(ranking, top_k)
-    needed = routes
-    if not resident[routes].all():
-        plain = probabilities[np.arange(len(routes))[:, None], routes]
-        settings = virtual.settings
-        needed = choose_together(ranking, resident, routes, plain, bias=virtual.bias, protect=settings.protect)
+    if resident[routes].all():
+        return np.empty(0, np.int64)
+    plain = probabilities[np.arange(len(routes))[:, None], routes]
+    protect = virtual.settings.protect
+    needed = choose_together(ranking, resident, routes, plain, bias=virtual.bias, protect=protect)
     if exact is not None:
         needed = np.where(exact[:, None], routes, needed)
     return np.unique(needed[~resident[needed]])
