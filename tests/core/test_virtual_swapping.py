@@ -128,19 +128,15 @@ class Instant:
         return most
 
 
-def test_swaps_keep_storage_busy_for_no_more_than_their_share() -> None:
-    now, busy = 0.0, 0.0
+def test_the_next_swap_begins_between_steps_when_the_last_one_has_ended() -> None:
     manager = Instant()
-    swapper = Swapper(manager, Importance({0: 4}), share=0.25, clock=lambda: now)
-    for _ in range(4000):
+    swapper = Swapper(manager, Importance({0: 4}))
+    begun = []
+    for ended in (False, False, True, False, True, True):
+        manager.swapping &= not ended
         swapper.after_step()
-        now += 0.01
-        if manager.swapping:
-            busy += 0.01
-            if round(busy * 100) % 3 == 0:  # each takes three steps
-                manager.swapping = False
-    assert manager.begun > 100
-    assert busy <= 0.25 * now + 0.03
+        begun.append(manager.begun)
+    assert begun == [1, 1, 2, 2, 3, 4]
 
 
 # ---- what every layer keeps

@@ -19,7 +19,7 @@ BACKGROUND = 2
 """Nobody will wait, and whoever computes is not to notice: small chunks, one at a time, with a rest after each."""
 
 _BACKGROUND_CHUNK = 512 << 10
-_BACKGROUND_SHARE = 0.25  # of the time that such reads may take
+_BACKGROUND_SHARE = 0.5  # of the time that such reads may take
 
 
 Transfer = Callable[[int, int, int], None]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -25,7 +23,7 @@ class Swaps(Protocol):
 
 
 class Swapper:
-    """Begins swaps between steps, a few at a time and within a share of the storage's time.
+    """Begins swaps between steps, a few at a time; reads in the background leave storage half of the time to others.
 
     Parameters
     ----------
@@ -35,12 +33,8 @@ class Swapper:
         Decides what enters and leaves.
     most : int
         Most swaps begun at a time; the next begin when all of them have ended.
-    share : float
-        Share of time that storage may be busy with swaps.
     margin : float
         How many times more important than its victim an expert must be: without it two equals would take turns.
-    clock : callable
-        Gives seconds.
     """
 
     def __init__(
@@ -49,19 +43,13 @@ class Swapper:
         importance: Importance,
         *,
         most: int = 1,
-        share: float = 0.5,
         margin: float = 1.25,
-        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._manager = manager
         self._importance = importance
         self._most = most
-        self._share = share
         self._margin = margin
-        self._clock = clock
         self._prompt = False
-        self._began: float | None = None
-        self._not_before = 0.0
 
     def note(
         self,
@@ -80,13 +68,5 @@ class Swapper:
 
     def after_step(self) -> None:
         """A step has ended: begin what may begin."""
-        if self._manager.swapping:
-            return
-        now = self._clock()
-        if self._began is not None:  # at the latest now the swap has ended
-            self._not_before = self._began + (now - self._began) / self._share
-            self._began = None
-        if now >= self._not_before and self._manager.swap(
-            self._most, worth=self._importance.worth(), margin=self._margin
-        ):
-            self._began = now
+        if not self._manager.swapping:
+            self._manager.swap(self._most, worth=self._importance.worth(), margin=self._margin)
