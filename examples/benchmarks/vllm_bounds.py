@@ -198,7 +198,7 @@ def _decode(pairs: list[tuple[Any, Any, float]], budget: int, expert: int) -> di
         "step, ms": _spread([1e3 * step for step in steps]),
         "stock's step, ms": _spread([1e3 * stock["step_seconds"] for _, stock, _ in pairs]),
         "MiB read per step": _spread([ours["step_bytes"] / 2**20 for ours, _, _ in pairs]),
-        "loads per step": _spread([ours["step_misses"] for ours, _, _ in pairs]),
+        "misses per step": _spread([ours["step_misses"] for ours, _, _ in pairs]),
         "experts per step": _spread([ours["step_experts"] for ours, _, _ in pairs]),
         "decode over stock at most, with these bytes": _spread(
             [stock["step_seconds"] / bound for bound, (_, stock, _) in zip(bounds, pairs, strict=True)]
