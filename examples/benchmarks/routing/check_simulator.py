@@ -42,6 +42,7 @@ from expertier_llamacpp import Llama
 
 CALIBRATION = "37.5%"
 PREDICTING = "37.5% with prediction"
+_COLD = 4  # first steps that are not timed: libraries come from a cold cache, the first model's wait for all
 
 
 class Run:
@@ -81,7 +82,7 @@ class Run:
         """Return the manager's counters, the trace and the seconds of a step."""
         stats = self.llama.offload.stats().as_dict()
         self.llama.close()
-        seconds = sum(self.measured.seconds) / len(self.measured.seconds)
+        seconds = statistics.fmean(self.measured.seconds[_COLD:])
         return stats, load_events(Trace(self.trace)), seconds
 
 
