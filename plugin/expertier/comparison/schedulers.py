@@ -38,7 +38,8 @@ class TrafficServer(Protocol):
     Attributes
     ----------
     admission : Admission
-        Decides who joins. It observes routes whatever the arm is, so that all arms cost the same.
+        Decides who joins. Under first come, first served it observes no routes, as in a server without regrouping: what
+        observing costs belongs to the other arms.
     """
 
     admission: Admission
