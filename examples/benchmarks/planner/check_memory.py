@@ -3,7 +3,7 @@
     python examples/benchmarks/planner/check_memory.py MODEL.gguf --text prompts.json
 
 Every budget decodes the same texts in a process and a control group of its own. What the group holds beyond the experts
-is told by the smallest possible budget: its peak without that budget. Nothing here is a time.
+is told by a budget of a sixteenth: its peak without that budget. Nothing here is a time.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from expertier.comparison.limits import Confinement, find_confinement
 from expertier.comparison.prompts import interleaved, read_texts
 from expertier.planning.memory import memory_limits
 from expertier.planning.plan import make_plan
+
+_LEAST = "6.25%"
 
 
 def decode(model: Path, text: Path, budget: int, tokens: int, texts: int) -> dict[str, int]:
@@ -79,10 +81,9 @@ def main() -> None:
     if way is None:
         raise SystemExit(f"No control groups here: {reasons}")
     catalog = read_catalog(options.model)
-    smallest = catalog.smallest_budget()
     plans = [
         make_plan(catalog, budget, limits=memory_limits())
-        for budget in (smallest, *(options.budget or ["12.5%", "20%", "35%", "50%", "70%", "85%"]))
+        for budget in (_LEAST, *(options.budget or ["12.5%", "20%", "35%", "50%", "70%", "85%"]))
     ]
     arguments = [str(options.model), "--text", str(options.text)]
     arguments += ["--tokens", str(options.tokens), "--texts", str(options.texts)]
