@@ -296,7 +296,8 @@ def main() -> None:
                 for engine in engines
             }
             record["summary"] = summary(record, list(arms))
-            options.out.write_text(json.dumps(record, indent=1) + "\n")
+            text = json.dumps(record, indent=1) + "\n"  # mode lines tell where the sidecar is
+            options.out.write_text(text.replace(f"{options.model.parent}{os.sep}", ""))
             longest = max(longest, time.perf_counter() - begun)
     print(json.dumps(record["summary"], indent=1))
 

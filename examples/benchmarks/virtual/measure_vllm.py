@@ -190,7 +190,8 @@ def main() -> None:
         "requests": found,
         "stats": {name: llm.collective_rpc("expertier_stats")[0] for name, llm in llms.items()},
     }
-    print(json.dumps(record, indent=1, default=vars), flush=True)
+    text = json.dumps(record, indent=1, default=vars)
+    print(text.replace(f"{options.model.parent}{os.sep}", ""), flush=True)  # mode lines tell where the sidecar is
     for llm in llms.values():
         llm.llm_engine.engine_core.shutdown()
 
