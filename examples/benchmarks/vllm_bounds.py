@@ -32,6 +32,7 @@ import psutil
 from expertier.catalog import read_catalog
 from expertier.comparison.hardware import cores, describe_hardware
 from expertier.comparison.prompts import load_texts
+from expertier.comparison.records import shareable
 from expertier.planning.calibrate import measure_disk
 from expertier_vllm.offline import Steps, open_engine, prepare_environment
 
@@ -296,8 +297,7 @@ def main() -> None:
                 for engine in engines
             }
             record["summary"] = summary(record, list(arms))
-            text = json.dumps(record, indent=1) + "\n"  # mode lines tell where the sidecar is
-            options.out.write_text(text.replace(f"{options.model.parent}{os.sep}", ""))
+            options.out.write_text(shareable(record, options.model) + "\n")
             longest = max(longest, time.perf_counter() - begun)
     print(json.dumps(record["summary"], indent=1))
 

@@ -312,6 +312,17 @@ def test_the_outlook_of_layers_with_unlike_numbers_of_experts_is_padded(tmp_path
         assert under_way == 0
 
 
+def looking_ahead(engine: FakeEngine, predictor: FixedPredictor, gates: dict[int, Any]) -> AheadLoader:
+    """Load ahead in three layers by a predictor and by the next layers' gates."""
+    return AheadLoader(
+        manager=engine.manager,
+        experts=dict.fromkeys(range(3), EXPERTS),
+        lookahead=Lookahead(gates=gates, norms={}, top_k=dict.fromkeys(range(3), 2)),
+        gate=GainGate("on"),
+        predictor=predictor,
+    )
+
+
 def test_the_next_gate_is_asked_only_about_layers_the_forecast_is_unsure_of(tmp_path: Path) -> None:
     chances = np.zeros((3, EXPERTS), np.float32)
     chances[1, :2] = 0.95
@@ -320,13 +331,7 @@ def test_the_next_gate_is_asked_only_about_layers_the_forecast_is_unsure_of(tmp_
     gates = {layer: np.eye(EXPERTS, dtype=np.float32) for layer in range(3)}
     asked: list[int] = []
     with engine_with(tmp_path, 12) as engine:  # type: ignore[attr-defined]
-        loader = AheadLoader(
-            manager=engine.manager,
-            experts=dict.fromkeys(range(3), EXPERTS),
-            lookahead=Lookahead(gates=gates, norms={}, top_k=dict.fromkeys(range(3), 2)),
-            gate=GainGate("on"),
-            predictor=FixedPredictor(model, chances),
-        )
+        loader = looking_ahead(engine, FixedPredictor(model, chances), gates)
         loader.begin([span(0, 1)], decode=True)
         until(lambda: engine.manager.outlook()[1] == 0)
         for layer in range(2):
@@ -355,13 +360,7 @@ def test_a_predictor_that_listens_is_told_what_the_next_routers_say(tmp_path: Pa
 
     def predict(chances: np.ndarray[Any, Any]) -> None:
         with engine_with(tmp_path, 12) as engine:  # type: ignore[attr-defined]
-            loader = AheadLoader(
-                manager=engine.manager,
-                experts=dict.fromkeys(range(3), EXPERTS),
-                lookahead=Lookahead(gates=gates, norms={}, top_k=dict.fromkeys(range(3), 2)),
-                gate=GainGate("on"),
-                predictor=Listener(model, chances),
-            )
+            loader = looking_ahead(engine, Listener(model, chances), gates)
             loader.begin([span(0, 1, key=0), span(0, 2, key=1)], decode=True)
             loader.after_router(0, np.array([[0, 1], [2, 3]]), lambda: hidden, decode=True)
 

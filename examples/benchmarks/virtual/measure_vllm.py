@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
 import os
 import statistics
@@ -30,6 +29,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 from expertier.comparison.hardware import cores, describe_hardware
 from expertier.comparison.prompts import interleaved, read_texts
+from expertier.comparison.records import shareable
 from expertier.quality.evaluation import compare
 from expertier.quality.statistics import bootstrap
 from expertier.telemetry import Stats
@@ -190,8 +190,7 @@ def main() -> None:
         "requests": found,
         "stats": {name: llm.collective_rpc("expertier_stats")[0] for name, llm in llms.items()},
     }
-    text = json.dumps(record, indent=1, default=vars)
-    print(text.replace(f"{options.model.parent}{os.sep}", ""), flush=True)  # mode lines tell where the sidecar is
+    print(shareable(record, options.model), flush=True)
     for llm in llms.values():
         llm.llm_engine.engine_core.shutdown()
 

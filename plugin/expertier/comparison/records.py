@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import types
 import typing
 from dataclasses import dataclass, field
@@ -413,6 +414,14 @@ def read_comparison(path: Path) -> Comparison:
         return typing.cast(Comparison, from_plain(Comparison, data))
     except (KeyError, TypeError, ValueError) as error:
         raise ExpertierError(f"The comparison {path} is damaged: {error}.", remedy) from error
+
+
+def shareable(record: object, model: Path) -> str:
+    """Write a benchmark's own record as JSON, without the folder in which the model lies.
+
+    Engines' mode lines tell where the sidecar is, which is nobody else's business.
+    """
+    return json.dumps(record, indent=1, default=vars).replace(f"{model.parent}{os.sep}", "")
 
 
 def from_plain(hint: Any, value: Any) -> Any:

@@ -57,8 +57,7 @@ class Background:
                 if not table.fits(layer):
                     if margin is None:
                         continue
-                    candidates = self._eviction.evictable(layer, worth=worth)[::-1]
-                    victims = list(zip(candidates.tolist(), worth[candidates].tolist(), strict=True))
+                    victims = self._eviction.victims_worth(layer, worth)
                     recycled, fits = self._eviction.make_room(layer, victims, float(worth[expert]) / margin)
                     if not fits:
                         break

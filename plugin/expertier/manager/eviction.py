@@ -107,6 +107,11 @@ class Eviction:
                 worth[~self._finished[self._table.layer_of[victims]]] = np.inf
         return list(zip(victims.tolist(), worth.tolist(), strict=True))
 
+    def victims_worth(self, layer: int, worth: FloatArray) -> Victims:
+        """Experts that may make room for `layer` where `worth` (of all experts) counts and not the policy."""
+        victims = self.evictable(layer, worth=worth)[::-1]
+        return list(zip(victims.tolist(), worth[victims].tolist(), strict=True))
+
     def spare_slot(self, layer: int) -> int | None:
         """An expert whose load was given up and whose slot `layer` can take over; other sizes are dropped."""
         table = self._table
