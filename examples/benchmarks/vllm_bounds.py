@@ -297,7 +297,7 @@ def main() -> None:
                 for engine in engines
             }
             record["summary"] = summary(record, list(arms))
-            options.out.write_text(shareable(record, options.model) + "\n")
+            options.out.write_text(shareable(record, options.checkpoint) + "\n")
             longest = max(longest, time.perf_counter() - begun)
     print(json.dumps(record["summary"], indent=1))
 
