@@ -45,10 +45,10 @@ class HeldSignals:
         self.interrupted = False
 
     def __enter__(self) -> None:
+        self._arrived.clear()
+        self.interrupted = False  # in every thread: one that was interrupted earlier may have been another
         if threading.current_thread() is not threading.main_thread():
             return  # Python runs handlers in the main thread only
-        self._arrived.clear()
-        self.interrupted = False
         try:
             for number in _NUMBERS:
                 handler = signal.getsignal(number)

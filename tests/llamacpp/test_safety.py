@@ -686,6 +686,36 @@ def test_ctrl_c_in_the_middle_of_a_step_ends_the_program_with_one_short_tracebac
     assert "Exception ignored" not in result.stderr
 
 
+INTERRUPTED_AND_GOING_ON_ELSEWHERE = """
+    import os, signal, sys, threading
+    from pathlib import Path
+    from expertier_llamacpp import callback
+    from llamacpp.engines import expertier, stock_trace, trace
+    path = Path(sys.argv[1])
+    expected = stock_trace(path)
+    llm = expertier(path, "50%")
+    after = callback.EvalHook._after_topk
+    def kill(self, node):
+        after(self, node)
+        os.kill(os.getpid(), signal.SIGINT)
+    callback.EvalHook._after_topk = kill
+    try:
+        llm.eval([1])
+    except KeyboardInterrupt:
+        callback.EvalHook._after_topk = after
+        llm.reset()
+        thread = threading.Thread(target=lambda: print(trace(llm) == expected))
+        thread.start()
+        thread.join()
+"""
+
+
+def test_after_ctrl_c_another_thread_computes_whole_steps(plain: Path) -> None:
+    result = run_python(INTERRUPTED_AND_GOING_ON_ELSEWHERE, plain)
+    assert result.stderr == ""
+    assert result.stdout.split() == ["True"]
+
+
 INTERRUPTED_WHILE_LOADING = """
     import os, signal, sys, threading
     from pathlib import Path
