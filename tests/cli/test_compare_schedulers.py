@@ -27,13 +27,18 @@ def prompts(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.parametrize("turns", [(), ("--side-by-side",)], ids=["one engine", "side by side"])
 def test_every_scheduler_serves_the_same_requests_to_their_end(
-    invoke_json: Callable[..., Any], tiny_model: Callable[[TinySpec], Path], prompts: Path, tmp_path: Path
+    invoke_json: Callable[..., Any],
+    tiny_model: Callable[[TinySpec], Path],
+    prompts: Path,
+    tmp_path: Path,
+    turns: tuple[str, ...],
 ) -> None:
     out = tmp_path / "out"
     data = invoke_json(
         "compare", tiny_model(TinySpec()), "--scheduler", "greedy", "--scheduler", "domains", "--prompts", prompts,
-        "--requests", 9, "--lookahead", "off", "--out", out, *FAST,
+        "--requests", 9, "--lookahead", "off", "--out", out, *turns, *FAST,
     )  # fmt: skip
     runs = data["traffic"]["runs"]
     assert [(run["seed"], run["arm"]) for run in runs] == [
@@ -42,6 +47,8 @@ def test_every_scheduler_serves_the_same_requests_to_their_end(
     assert all(run["tokens_per_second"] > 0 and run["first_token_p99"] > 0 for run in runs)
     assert all(run["loads_per_token"] > 0 and run["bytes_per_token"] > 0 for run in runs)
     assert all(0 < run["stalled"] < 1 for run in runs)
+    assert all(run["processor_per_token"] > 0 for run in runs)
+    assert data["traffic"]["plan"]["side_by_side"] is bool(turns)
     assert all(run["most_overtaken"] == 0 for run in runs if run["arm"] == "fcfs")
     assert data["traffic"]["timing"] is None
     assert json.loads((out / "traffic.json").read_text())["runs"] == runs
@@ -69,6 +76,7 @@ def test_a_recorded_log_is_served_at_its_own_times(
         (("--scheduler", "greedy", "--domains", "9"), "There are 3 domains"),
         (("--scheduler", "greedy", "--load", "x"), "--load x is not"),
         (("--batch", "4"), "--batch needs --scheduler"),
+        (("--side-by-side",), "--side-by-side needs --scheduler"),
         (("--variant", "other:scheduler=greedy"), "Compare schedulers with --scheduler"),
     ],
 )

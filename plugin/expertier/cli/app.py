@@ -224,6 +224,14 @@ def compare(
     log: Annotated[
         Path | None, typer.Option("--log", help="Requests as a log recorded them, a JSON object a line (--scheduler).")
     ] = None,
+    side_by_side: Annotated[
+        bool,
+        typer.Option(
+            "--side-by-side",
+            help="An engine for each scheduler, all in memory, in turns of a second: fair on a busy machine "
+            "(--scheduler).",
+        ),
+    ] = False,
     readahead: Annotated[
         list[int] | None,
         typer.Option("--readahead", min=4, help="KiB of readahead for stock under a limit. \\[default: 128]"),
@@ -265,6 +273,7 @@ def compare(
                 load=load,
                 log=log,
                 rounds=repeats or (1 if quick else 3),
+                side_by_side=side_by_side,
                 texts=tuple(prompts or ()),
                 out=out,
                 n_ubatch=n_ubatch,
@@ -273,7 +282,15 @@ def compare(
             )
         )
         return
-    refuse_without("--scheduler", batch=batch, domains=domains, load=load, log=log, earlier=earlier)
+    refuse_without(
+        "--scheduler",
+        batch=batch,
+        domains=domains,
+        load=load,
+        log=log,
+        earlier=earlier,
+        side_by_side=side_by_side or None,
+    )
     command(
         CompareRequest(
             model=model,

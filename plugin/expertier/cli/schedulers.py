@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,6 +35,7 @@ class SchedulersRequest:
     load: str | None
     log: Path | None
     rounds: int
+    side_by_side: bool
     texts: tuple[Path, ...]
     out: Path | None
     n_ubatch: int
@@ -59,15 +61,18 @@ def compare_schedulers(request: SchedulersRequest) -> None:
     record: TrafficRecord | None = None
     for batch in request.batches:
         context = plan.prompt[1] + plan.output[1]
-        server = adapter.open_traffic(catalog.path, options, settings, batch=batch, context=context)
-        try:
-            stats = server.stats()
+        with contextlib.ExitStack() as stack:
+            servers = []
+            for _ in arms if request.side_by_side else arms[:1]:
+                servers.append(adapter.open_traffic(catalog.path, options, settings, batch=batch, context=context))
+                stack.callback(servers[-1].close)
+            stats = servers[0].stats()
             plan = replace(plan, batch=batch, budget=stats.budget_bytes)
-            asks = None if request.log is None else read_request_log(request.log, server.tokenize)
+            asks = None if request.log is None else read_request_log(request.log, servers[0].tokenize)
             if asks is not None:
                 plan = replace(plan, requests=len(asks), clients=len(asks))
-            comparison = SchedulerComparison(server, texts, plan, layers=len(catalog.layers), asks=asks)
-            _say(f"batch {batch}: texts that were seen before", server.mode_line())
+            comparison = SchedulerComparison(servers, texts, plan, layers=len(catalog.layers), asks=asks)
+            _say(f"batch {batch}: texts that were seen before", servers[0].mode_line())
             comparison.prepare()
             for number in range(request.rounds):
                 runs += comparison.run(
@@ -76,19 +81,18 @@ def compare_schedulers(request: SchedulersRequest) -> None:
                     lambda arm, b=batch, n=number: _say(f"batch {b}, round {n + 1}: {arm}"),  # type: ignore[misc]
                 )
                 shares = {"budget_bytes": stats.budget_bytes, "share": stats.budget_bytes / stats.total_bytes}
+                turns = {"side_by_side": request.side_by_side}
                 record = TrafficRecord(
                     trace="",
                     model=catalog.path.name,
                     fingerprint=catalog.fingerprint,
-                    plan={**plan.common(), "budget": str(options.budget), **shares, "texts": source},
+                    plan={**plan.common(), "budget": str(options.budget), **shares, **turns, "texts": source},
                     timing=None,
                     timing_source=f"by the clock in {adapter.engine}",
                     token_seconds=0.0,
                     runs=tuple(runs),
                 )
                 record.write(out / RECORD)
-        finally:
-            server.close()
     assert record is not None
     show_traffic(record, out, as_json=request.as_json)
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import math
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Final, Protocol
 
 import numpy as np
+import psutil
 
 from expertier.comparison.prompts import Text, numbered_by_domain
 from expertier.comparison.traffic import Ask, mixed_requests
@@ -30,6 +33,9 @@ from expertier.telemetry import Stats
 
 _EARLIER_PROMPT = 256
 """Tokens that are read of a text which the server has seen before."""
+
+_TURN: Final = 1.0
+"""Seconds that an engine is served before it is another's turn."""
 
 
 class TrafficServer(Protocol):
@@ -85,49 +91,99 @@ class Queue:
         return Arrivals(len(self.asks), seconds=self.seconds, clients=self.clients)
 
 
+class Serving:
+    """Requests that a server answers by a clock of its own, which stands still while it is not its turn.
+
+    Parameters
+    ----------
+    server : TrafficServer
+        The engine; nothing is running in it.
+    queue : Queue
+        The requests.
+    layers : int
+        MoE layers of the model.
+    """
+
+    def __init__(self, server: TrafficServer, queue: Queue, *, layers: int) -> None:
+        self._server = server
+        self._asks = queue.asks
+        self._arrivals = queue.arrivals()
+        self._layers = layers
+        self._before = server.stats()
+        self._arrived: dict[int, float] = {}
+        self._first = np.zeros(len(queue.asks))
+        self._got = np.zeros(len(queue.asks), np.int64)
+        self._over = 0
+        self._seconds = 0.0
+        self._processor = 0.0
+
+    def advance(self, seconds: float = math.inf) -> Served | None:
+        """Serve for so long, and to the end of a step; returns what the requests got once all have been answered.
+
+        Raises
+        ------
+        ExpertierError
+            A request failed.
+        """
+        processor = processor_seconds()
+        begin = time.perf_counter() - self._seconds
+        end = self._seconds + seconds
+        while self._over < len(self._asks) and self._seconds < end:
+            now = time.perf_counter() - begin
+            for number, at in self._arrivals.due(now, len(self._arrived) - self._over):
+                self._arrived[number] = at
+                self._server.submit(number, self._asks[number])
+            if len(self._arrived) > self._over:
+                told = self._server.step()
+                now = time.perf_counter() - begin
+                for number, tokens, done in told:
+                    if tokens and not self._got[number]:
+                        self._first[number] = now - self._arrived[number]
+                    self._got[number] = tokens
+                    self._over += done
+            else:
+                time.sleep(max(0.0, min(self._arrivals.next_at, end) - now))
+            self._seconds = time.perf_counter() - begin
+        self._processor += processor_seconds() - processor
+        return self._sum_up() if self._over == len(self._asks) else None
+
+    def _sum_up(self) -> Served:
+        after = self._server.stats()
+        decode = after.decode.since(self._before.decode)
+        prefill = after.prefill.since(self._before.prefill)
+        return Served(
+            requests=self._over,
+            output_tokens=int(self._got.sum()),
+            steps=decode.steps + prefill.steps,
+            decode_steps=decode.steps,
+            decode_tokens=decode.tokens,
+            decode_loads=decode.misses,
+            loads=decode.misses + prefill.misses,
+            bytes_read=after.bytes_read - self._before.bytes_read,
+            seconds=self._seconds,
+            stalled=decode.stall_seconds + prefill.stall_seconds,
+            first_token=self._first,
+            most_overtaken=self._server.admission.stats.most_overtaken,
+            unique=decode.requests / max(1, decode.steps * self._layers),
+            processor_seconds=self._processor,
+        )
+
+
 def serve_queue(server: TrafficServer, queue: Queue, *, layers: int) -> Served:
     """Serve requests to their end, by the clock."""
-    asks, arrivals = queue.asks, queue.arrivals()
-    before = server.stats()
-    begin = time.perf_counter()
-    arrived: dict[int, float] = {}
-    first = np.zeros(len(asks))
-    got = np.zeros(len(asks), np.int64)
-    over = 0
-    while over < len(asks):
-        now = time.perf_counter() - begin
-        for number, at in arrivals.due(now, len(arrived) - over):
-            arrived[number] = at
-            server.submit(number, asks[number])
-        if len(arrived) == over:
-            time.sleep(max(0.0, arrivals.next_at - now))
-            continue
-        told = server.step()
-        now = time.perf_counter() - begin
-        for number, tokens, done in told:
-            if tokens and not got[number]:
-                first[number] = now - arrived[number]
-            got[number] = tokens
-            over += done
-    seconds = time.perf_counter() - begin
-    after = server.stats()
-    decode = after.decode.since(before.decode)
-    prefill = after.prefill.since(before.prefill)
-    return Served(
-        requests=over,
-        output_tokens=int(got.sum()),
-        steps=decode.steps + prefill.steps,
-        decode_steps=decode.steps,
-        decode_tokens=decode.tokens,
-        decode_loads=decode.misses,
-        loads=decode.misses + prefill.misses,
-        bytes_read=after.bytes_read - before.bytes_read,
-        seconds=seconds,
-        stalled=decode.stall_seconds + prefill.stall_seconds,
-        first_token=first,
-        most_overtaken=server.admission.stats.most_overtaken,
-        unique=decode.requests / max(1, decode.steps * layers),
-    )
+    served = Serving(server, queue, layers=layers).advance()
+    assert served is not None
+    return served
+
+
+def processor_seconds() -> float:
+    """Processor time so far of this process and those it started, in which engines compute."""
+    total = time.process_time()  # the kernel counts others' in steps of 10 ms
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            times = child.cpu_times()
+            total += times.user + times.system
+    return total
 
 
 class SchedulerComparison:
@@ -135,8 +191,9 @@ class SchedulerComparison:
 
     Parameters
     ----------
-    server : TrafficServer
-        The engine.
+    servers : sequence of TrafficServer
+        One engine, in which one arm is served after the other; or one for each arm, which then take turns of a second,
+        so that whatever else the machine does for a while slows all of them alike.
     texts : sequence of Text
         What requests are cut from; every second text of a domain is kept for what the server saw before.
     plan : TrafficPlan
@@ -154,7 +211,7 @@ class SchedulerComparison:
 
     def __init__(
         self,
-        server: TrafficServer,
+        servers: Sequence[TrafficServer],
         texts: Sequence[Text],
         plan: TrafficPlan,
         *,
@@ -162,33 +219,45 @@ class SchedulerComparison:
         asks: Sequence[Ask] | None = None,
     ) -> None:
         self._asks = asks
-        self._server = server
+        self._servers = servers
         self._plan = plan
         self._layers = layers
         self._asked, self._earlier = _halves(texts)
-        self._book: PathBook | None = None
+        self._books: list[PathBook | None] = [None] * len(servers)
 
     def prepare(self) -> None:
-        """Let the server see what it has seen before, which also fills its memory."""
+        """Let every server see what it has seen before, which also fills its memory."""
         count = self._plan.earlier
         length = min(_EARLIER_PROMPT, self._plan.prompt[1] + self._plan.output[1] - 1)
         texts = [self._earlier[place % len(self._earlier)].text for place in range(count)]
-        prompts = [self._server.tokenize(text[: 16 * length])[:length] for text in texts]
-        asks = [Ask(prompt=tuple(prompt), output=1) for prompt in prompts if prompt]
-        if asks:
-            serve_queue(self._server, Queue(asks=asks, seconds=None, clients=len(asks)), layers=self._layers)
-        self._book = self._server.admission.book
+        for place, server in enumerate(self._servers):
+            prompts = [server.tokenize(text[: 16 * length])[:length] for text in texts]
+            asks = [Ask(prompt=tuple(prompt), output=1) for prompt in prompts if prompt]
+            if asks:
+                serve_queue(server, Queue(asks=asks, seconds=None, clients=len(asks)), layers=self._layers)
+            self._books[place] = server.admission.book
 
     def run(self, arms: Sequence[str], seed: int, seen: Callable[[str], None] | None = None) -> list[TrafficRun]:
-        """Serve one round; arms take turns in the other order every second round."""
-        plan = self._plan
+        """Serve one round; who is first changes from round to round.
+
+        Parameters
+        ----------
+        arms : sequence of str
+            As many as there are servers, unless there is one.
+        seed : int
+            Number of the round.
+        seen : callable, optional
+            Told the arm, or the arms, that are served next.
+        """
         queue = self._queue(seed)
-        found = {}
-        for arm in arms if seed % 2 == 0 else arms[::-1]:
+        in_turn = list(arms if seed % 2 == 0 else arms[::-1])
+        alone = len(self._servers) == 1
+        found: dict[str, Served] = {}
+        for group in [{arm: 0} for arm in in_turn] if alone else [{arm: arms.index(arm) for arm in in_turn}]:
             if seen is not None:
-                seen(arm)
-            found[arm] = TrafficRun.of(self._serve(queue, arm), arm=arm, seed=seed, batch=plan.batch)
-        return [found[arm] for arm in arms]
+                seen(", ".join(group))
+            found |= self._serve(queue, group)
+        return [TrafficRun.of(found[arm], arm=arm, seed=seed, batch=self._plan.batch) for arm in arms]
 
     def _queue(self, seed: int) -> Queue:
         plan = self._plan
@@ -197,7 +266,7 @@ class SchedulerComparison:
             return Queue(asks=self._asks, seconds=seconds, clients=len(self._asks))
         asks = mixed_requests(
             self._asked,
-            self._server.tokenize,
+            self._servers[0].tokenize,
             plan.requests,
             domains=plan.domains,
             prompt=plan.prompt,
@@ -207,20 +276,32 @@ class SchedulerComparison:
         queue = Queue(asks=asks, seconds=None, clients=plan.clients)
         if plan.load is None:
             return queue
-        full = self._serve(queue, CONTROL)
+        full = self._serve(queue, {CONTROL: 0})[CONTROL]
         rate = plan.load * len(asks) / full.seconds
         return replace(queue, seconds=poisson_seconds(len(asks), rate, seed).tolist())
 
-    def _serve(self, queue: Queue, arm: str) -> Served:
-        admission = self._server.admission
+    def _serve(self, queue: Queue, places: Mapping[str, int]) -> dict[str, Served]:
+        """Serve arms in the engines at these places, in turns where there are several."""
+        servings = {arm: self._begin(place, queue, arm) for arm, place in places.items()}
+        turn = _TURN if len(servings) > 1 else math.inf
+        found: dict[str, Served] = {}
+        while len(found) < len(servings):
+            for arm, serving in servings.items():
+                if arm not in found and (served := serving.advance(turn)) is not None:
+                    found[arm] = served
+        return found
+
+    def _begin(self, place: int, queue: Queue, arm: str) -> Serving:
+        server = self._servers[place]
+        admission = server.admission
         admission.stats, admission.together = AdmissionStats(), Together()
         if arm == ORACLE:
             admission.batcher, admission.worth = make_batcher("similarity"), Worth("on")
-            admission.book = KnownDomains([ask.domain for ask in queue.asks], self._server.number)
+            admission.book = KnownDomains([ask.domain for ask in queue.asks], server.number)
         else:
             admission.batcher, admission.worth = make_batcher(arm), Worth()
-            admission.book = copy.deepcopy(self._book)
-        return serve_queue(self._server, queue, layers=self._layers)
+            admission.book = copy.deepcopy(self._books[place])
+        return Serving(server, queue, layers=self._layers)
 
 
 def _halves(texts: Sequence[Text]) -> tuple[list[Text], list[Text]]:

@@ -93,6 +93,8 @@ class TrafficRun:
         Later arrivals that ran before the same request.
     stalled : float
         Part of the time in which steps waited for loads.
+    processor_per_token : float or None
+        Seconds of processor time per token of output; not known of a simulated server.
     """
 
     arm: str
@@ -107,6 +109,7 @@ class TrafficRun:
     first_token_p99: float
     most_overtaken: int
     stalled: float
+    processor_per_token: float | None = None
 
     @classmethod
     def of(cls, served: Served, *, arm: str, seed: int, batch: int) -> TrafficRun:
@@ -125,6 +128,9 @@ class TrafficRun:
             first_token_p99=float(p99),
             most_overtaken=served.most_overtaken,
             stalled=served.stalled / served.seconds,
+            processor_per_token=(
+                None if served.processor_seconds is None else served.processor_seconds / served.output_tokens
+            ),
         )
 
 

@@ -40,6 +40,8 @@ class Served:
         Later arrivals that ran before the same request.
     unique : float
         Experts per layer of a decode step.
+    processor_seconds : float or None
+        Processor time; not known of a simulated server.
     """
 
     requests: int
@@ -55,6 +57,7 @@ class Served:
     first_token: NDArray[np.float64]
     most_overtaken: int
     unique: float
+    processor_seconds: float | None = None
 
 
 @dataclass
