@@ -60,6 +60,8 @@ class BatchTraffic:
         As ``n_ubatch`` and ``n_threads``.
     """
 
+    lingers = 0.0
+
     def __init__(
         self, model: Path, options: OffloadOptions, *, batch: int, context: int, step_tokens: int, threads: int
     ) -> None:

@@ -16,6 +16,7 @@ from expertier_vllm.metrics import summed
 from expertier_vllm.offline import GIVEN_TOKENS, greedy, open_engine, prepare_environment
 
 _CACHE_BYTES = 512 << 20
+_POLLED = 1.2  # upstream: SpinCondition of shm_broadcast.py; a worker that is asked nothing polls for one second
 
 
 class VllmTraffic:
@@ -34,6 +35,8 @@ class VllmTraffic:
     step_tokens, threads : int
         Most tokens of a step; compute threads.
     """
+
+    lingers = _POLLED
 
     def __init__(
         self, model: Path, options: OffloadOptions, *, batch: int, context: int, step_tokens: int, threads: int

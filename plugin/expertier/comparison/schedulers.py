@@ -35,7 +35,10 @@ _EARLIER_PROMPT = 256
 """Tokens that are read of a text which the server has seen before."""
 
 _TURN: Final = 1.0
-"""Seconds that an engine is served before it is another's turn."""
+"""Seconds that an engine is served before it is another's turn, or more if it lingers."""
+
+_LINGERING: Final = 4.0
+"""A turn is so many times longer than the pause after it."""
 
 
 class TrafficServer(Protocol):
@@ -46,9 +49,12 @@ class TrafficServer(Protocol):
     admission : Admission
         Decides who joins. Under first come, first served it observes no routes, as in a server without regrouping: what
         observing costs belongs to the other arms.
+    lingers : float
+        Seconds for which the engine keeps a processor busy after its last step; nobody else is served in them.
     """
 
     admission: Admission
+    lingers: float
 
     def mode_line(self) -> str:
         """One line that says what is being done."""
@@ -283,12 +289,14 @@ class SchedulerComparison:
     def _serve(self, queue: Queue, places: Mapping[str, int]) -> dict[str, Served]:
         """Serve arms in the engines at these places, in turns where there are several."""
         servings = {arm: self._begin(place, queue, arm) for arm, place in places.items()}
-        turn = _TURN if len(servings) > 1 else math.inf
+        lingers = self._servers[0].lingers if len(servings) > 1 else 0.0
+        turn = max(_TURN, _LINGERING * lingers) if len(servings) > 1 else math.inf
         found: dict[str, Served] = {}
         while len(found) < len(servings):
             for arm, serving in servings.items():
                 if arm not in found and (served := serving.advance(turn)) is not None:
                     found[arm] = served
+                time.sleep(lingers)
         return found
 
     def _begin(self, place: int, queue: Queue, arm: str) -> Serving:
