@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 from collections.abc import Callable, Iterator
@@ -438,6 +439,28 @@ def test_a_cancelled_request_ends_as_such_and_its_place_is_free(load: Load) -> N
     assert engine.stats().running == engine.stats().waiting == 0
 
 
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("way", ["cancel", "close"])
+def test_whoever_is_told_a_piece_may_end_the_request_or_everything_there_and_then(load: Load, way: str) -> None:
+    engine = load()
+    told: list[Output] = []
+    other: list[Output] = []
+
+    def tell(output: Output) -> None:
+        told.append(output)
+        if len(told) == 2:
+            engine.cancel(number) if way == "cancel" else engine.close()
+
+    number = engine.submit(Request(prompt="abc", max_tokens=None, sampling=Sampling(logit_bias=ENDLESS)), tell)
+    engine.submit(Request(prompt="bcd", max_tokens=8, sampling=Sampling(logit_bias=ENDLESS)), other.append)
+    with contextlib.suppress(ManagerClosedError):
+        while engine.step():
+            pass
+    reasons = [output.finish_reason for output in (told[-1], other[-1])]
+    assert reasons == (["cancelled", "length"] if way == "cancel" else ["error", "error"])
+    assert sum(output.finish_reason is not None for output in told) == 1
+
+
 def test_outputs_that_nobody_waits_for_any_more_are_not_computed(load: Load) -> None:
     engine = load()
     outputs = engine.generate(PROMPTS, max_tokens=500, seed=1, stream=True)
@@ -509,6 +532,28 @@ def test_a_listener_that_raises_harms_its_own_request_only(load: Load) -> None:
     engine.submit(Request(prompt="abc", max_tokens=20), raising)
     assert len(one(engine, "bcd", max_tokens=4, logit_bias=ENDLESS).tokens) == 4
     assert engine.stats().running == 0
+
+
+@pytest.mark.timeout(30)
+def test_the_engines_thread_outlives_a_step_that_breaks_and_a_listener_that_raises(
+    load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def raising(output: Output) -> None:
+        raise ValueError("not interested")
+
+    engine = load()
+    step, steps = engine._loop.step, itertools.count()
+
+    def breaks_once() -> bool:
+        if next(steps) == 1:
+            raise KeyError("something nobody thought of")
+        return step()
+
+    monkeypatch.setattr(engine._loop, "step", breaks_once)
+    engine.submit(Request(prompt="abc", max_tokens=20), raising, stream=False)
+    engine.start()
+    assert one(engine, "bcd", max_tokens=4).finish_reason is not None
+    assert one(engine, "bcd", max_tokens=4, logit_bias=ENDLESS).finish_reason == "length"
 
 
 def test_closing_ends_what_runs_and_what_waits(load: Load) -> None:

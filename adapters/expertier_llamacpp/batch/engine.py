@@ -124,6 +124,7 @@ class BatchEngine:
         self._thread: threading.Thread | None = None
         self._awake = False  # whether there may be something to compute
         self._closed = False
+        self._computing = False  # a step runs, in the thread that holds `_stepping`
 
     # ---- requests
 
@@ -347,13 +348,16 @@ class BatchEngine:
                     pass
             except Exception as error:
                 for sequence in self._loop.everybody():
-                    sequence.finish("error", error)
+                    sequence.fail(error)
                 if isinstance(error, ManagerClosedError):
                     return
                 logger.exception("A step of the batch engine failed.")
 
     def close(self) -> None:
-        """End all requests, and free the model unless it was lent. Closing twice does nothing."""
+        """End all requests, and free the model unless it was lent. Closing twice does nothing.
+
+        Called by somebody who is told an output, it comes to pass when the step that tells it is over.
+        """
         with self._work:
             self._closed = True
             self._work.notify_all()
@@ -361,12 +365,16 @@ class BatchEngine:
         if thread is not None and thread is not threading.current_thread():
             thread.join()
         with self._stepping:
-            error = ManagerClosedError("The engine was closed.", "Load the model again.")
-            for sequence in self._loop.everybody():
-                sequence.finish("error", error)
-            self._loop.clear()
-            if self._owned:
-                self.llama.close()
+            if not self._computing:
+                self._shut()
+
+    def _shut(self) -> None:
+        error = ManagerClosedError("The engine was closed.", "Load the model again.")
+        for sequence in self._loop.everybody():
+            sequence.fail(error)
+        self._loop.clear()
+        if self._owned:
+            self.llama.close()
 
     def __enter__(self) -> BatchEngine:
         return self
@@ -390,7 +398,13 @@ class BatchEngine:
         """Let requests join and leave, and compute one step; whether there was anything to compute."""
         with self._stepping:
             self._check_open()
-            return self._loop.step()
+            self._computing = True
+            try:
+                return self._loop.step()
+            finally:
+                self._computing = False
+                if self._closed:
+                    self._shut()
 
     def _check_open(self) -> None:
         if self._closed:

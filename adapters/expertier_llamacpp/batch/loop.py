@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import logging
 import threading
 from dataclasses import replace
 from typing import Any
@@ -20,8 +19,6 @@ from expertier_llamacpp.batch.step import StepBatch
 from expertier_llamacpp.batch.telemetry import EngineStats
 from expertier_llamacpp.llama import Llama
 from expertier_llamacpp.signals import HeldSignals
-
-logger = logging.getLogger("expertier")
 
 _WORTH_WAITING = 32  # tokens of a common beginning for which a prompt waits until another has computed them
 _PATIENT_STEPS = 64  # steps without trouble after which a shortened step may grow again
@@ -289,7 +286,7 @@ class StepLoop:
             if not self._recover(error, tokens):
                 self._stats.failed_steps += 1
                 for sequence, _ in parts:
-                    _fail(sequence, error)
+                    sequence.fail(error)
             return
         with HeldSignals():  # a token that was chosen is also told
             for (sequence, count), row in zip(parts, rows, strict=True):
@@ -306,7 +303,7 @@ class StepLoop:
         try:
             sequence.advance(self._context, row)
         except Exception as error:  # of this request's own sampler or receiver
-            _fail(sequence, error)
+            sequence.fail(error)
 
     def _cut(self, sequence: ActiveSequence, length: int) -> int:
         return self._room.cut(_slot(sequence), length)
@@ -328,7 +325,7 @@ class StepLoop:
                 "The KV memory has no room for the next token.", "Load the model with a larger n_ctx."
             )
             for sequence in self._running:
-                _fail(sequence, full)
+                sequence.fail(full)
             return True
         return False
 
@@ -353,13 +350,6 @@ class StepLoop:
         decoding = len(parts) == self._batch.n_tokens()  # steps with prompts in them say nothing about regrouping
         self._admission.step(len(parts) if decoding else 0, misses - self._misses)
         self._misses = misses
-
-
-def _fail(sequence: ActiveSequence, error: Exception) -> None:
-    try:
-        sequence.finish("error", error)
-    except Exception:  # whoever listens to this request is not to harm the others
-        logger.exception("The receiver of request %d failed.", sequence.number)
 
 
 def _waits_for(other: ActiveSequence, sequence: ActiveSequence) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -13,6 +14,7 @@ from expertier_llamacpp.batch.requests import FinishReason, Output, TokenLogprob
 from expertier_llamacpp.batch.text import Pieces, TextStream
 
 _numbers = itertools.count(1)
+logger = logging.getLogger("expertier")
 
 
 class Sampler(Protocol):
@@ -90,7 +92,7 @@ class ActiveSequence:
         self._sampler = sampler
         self._receiver = receiver
         self._most = most
-        self._telling = threading.Lock()
+        self._telling = threading.RLock()  # whoever is told of a token may end the request there and then
 
     @property
     def paused(self) -> bool:
@@ -112,18 +114,28 @@ class ActiveSequence:
             reason = self._receiver.token(token)
             if reason is None and len(self.tokens) - self.prompt_length >= self._most:
                 reason = "length"
-            if reason is not None:
-                self.over = True
+            if reason is not None and self._ends():
                 self._receiver.end(reason, None)
 
     def finish(self, reason: FinishReason, error: Exception | None = None) -> bool:
         """End it before its time, from any thread; ``False`` when it was over already."""
         with self._telling:
-            if self.over:
+            if not self._ends():
                 return False
-            self.over = True
             self._receiver.end(reason, error)
             return True
+
+    def _ends(self) -> bool:
+        """Note that it is over; whether it was not before."""
+        before, self.over = self.over, True
+        return not before
+
+    def fail(self, error: Exception) -> None:
+        """End it with an error; whoever listens to it and raises harms nobody else."""
+        try:
+            self.finish("error", error)
+        except Exception:
+            logger.exception("The receiver of request %d failed.", self.number)
 
 
 class TextReceiver:
