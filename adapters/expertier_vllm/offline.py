@@ -20,6 +20,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from expertier.errors import ExpertLoadError
 from expertier_vllm.offloaders import no_device
 from expertier_vllm.options import KEY
 
@@ -171,12 +172,19 @@ class Steps:
         self.seconds = time.perf_counter() - begin
 
     def __iter__(self) -> Iterator[list[Any]]:
-        """Yield what each forward pass gave."""
+        """Yield what each forward pass gave.
+
+        Raises
+        ------
+        ExpertLoadError
+            As for :func:`check_answered`.
+        """
         while self._engine.has_unfinished_requests():
             begin = time.perf_counter()
             outputs = self._engine.step()
             self.seconds += time.perf_counter() - begin
             for output in outputs:
+                check_answered(output)
                 answer = self.answers[int(output.request_id)]
                 new = output.outputs[0].token_ids[len(answer.tokens) :]
                 answer.tokens += new
@@ -240,6 +248,21 @@ class GivenTexts:
         """What was said of a text last, shape ``(vocabulary,)``; to be asked for while one iterates."""
         place = 4 * (len(self.answers[text].tokens) - 1) * self._vocabulary
         return np.fromfile(self._files[text], np.float32, self._vocabulary, offset=place)
+
+
+def check_answered(output: Any) -> None:
+    """Raise why a request was ended, if it was: to the engine it is over like any other, with the text it had got.
+
+    Upstream: ``finish_reason`` and ``stop_reason``, in which our scheduler leaves the cause.
+
+    Raises
+    ------
+    ExpertLoadError
+        An expert could not be loaded, or another failure of its step.
+    """
+    answer = output.outputs[0]
+    if answer.finish_reason == "error":
+        raise ExpertLoadError(f"Request {output.request_id} failed: {answer.stop_reason}")
 
 
 def greedy(tokens: int) -> Any:

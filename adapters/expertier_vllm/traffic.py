@@ -9,11 +9,10 @@ from typing import Any
 
 from expertier.comparison.traffic import Ask
 from expertier.config import OffloadOptions
-from expertier.errors import ExpertLoadError
 from expertier.scheduling import Admission
 from expertier.telemetry import Stats
 from expertier_vllm.metrics import summed
-from expertier_vllm.offline import GIVEN_TOKENS, greedy, open_engine, prepare_environment
+from expertier_vllm.offline import GIVEN_TOKENS, check_answered, greedy, open_engine, prepare_environment
 
 _CACHE_BYTES = 512 << 20
 _POLLED = 1.2  # upstream: SpinCondition of shm_broadcast.py; a worker that is asked nothing polls for one second
@@ -75,9 +74,8 @@ class VllmTraffic:
     def step(self) -> list[tuple[int, int, bool]]:
         told = []
         for output in self._engine.step():
+            check_answered(output)
             answer = output.outputs[0]
-            if answer.finish_reason == "error":
-                raise ExpertLoadError(f"Request {output.request_id} failed: {answer.stop_reason}.")
             told.append((int(output.request_id), len(answer.token_ids), bool(output.finished)))
         return told
 
