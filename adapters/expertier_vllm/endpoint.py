@@ -143,7 +143,7 @@ async def _read_body(request: Request) -> Any:
         if len(body) > _MOST_BODY_BYTES:
             raise ValueError
         return json.loads(body)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UnsupportedOptionError(
             "The body of the request is not JSON.", """Send e.g. {"budget": "8GiB"}."""
         ) from error

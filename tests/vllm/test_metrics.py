@@ -281,7 +281,7 @@ def test_the_budget_is_changed_only_where_that_was_turned_on() -> None:
 
 SENSELESS = [
     "", "x", "[]", "7", "{}", '{"budget": null}', '{"budget": "lots"}', '{"budget": -1}', '{"bugdet": 1}',
-    '{"budget": "1GiB", "more": 1}', '"' + "x" * 10_000 + '"',
+    '{"budget": "1GiB", "more": 1}', '"' + "x" * 10_000 + '"', "[" * 4000,
 ]  # fmt: skip
 
 
