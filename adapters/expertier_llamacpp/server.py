@@ -43,7 +43,7 @@ from llama_cpp.server.settings import ModelSettings, ServerSettings
 from expertier.config import OffloadOptions
 from expertier.errors import ExpertierError, UnsupportedOptionError
 from expertier.quality.serving import describe_losses
-from expertier.scheduling import BATCHERS, Fairness, make_batcher
+from expertier.scheduling import BATCHERS, CONTROL, Fairness, make_batcher
 from expertier.scheduling.fairness import PREFIX as FAIRNESS
 from expertier.telemetry.metrics import CONTENT_TYPE, expose
 from expertier_llamacpp.batch import BatchEngine
@@ -86,7 +86,7 @@ class _ServedModel(ModelSettings):
         default=False, description="Let POST /expertier/budget change the memory for experts while the server runs."
     )
     scheduling: str = pydantic.Field(
-        default="fcfs", description=f"Who joins next when more wait: {', '.join(BATCHERS)} (with max_sequences)."
+        default=CONTROL, description=f"Who joins next when more wait: {', '.join(BATCHERS)} (with max_sequences)."
     )
 
 
@@ -205,6 +205,14 @@ def _serves_together(models: Sequence[ModelSettings]) -> Any:
     """The model whose requests are computed together, or ``None``; what cannot be is refused, before any work."""
     wanted: list[Any] = [model for model in models if getattr(model, "max_sequences", 1) > 1]
     if not wanted:
+        for model in models:
+            chosen = getattr(model, "scheduling", CONTROL)
+            if chosen != CONTROL:
+                raise UnsupportedOptionError(
+                    f"scheduling={chosen!r} chooses among requests that wait to be computed together; this server "
+                    "computes one after the other.",
+                    "Add --max-sequences 8, or leave --scheduling out.",
+                )
         return None
     model = wanted[0]
     impossible = {

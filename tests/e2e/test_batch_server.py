@@ -219,3 +219,7 @@ def test_stats_tell_what_the_engine_does(server: Server) -> None:
 )
 def test_what_cannot_be_beside_many_sequences_is_refused_at_start(model: Path, option: str, words: str) -> None:
     assert words in _refusal("--model", model, "--max-sequences", "4", option)
+
+
+def test_a_scheduler_without_many_sequences_is_refused_instead_of_ignored(model: Path) -> None:
+    assert "--max-sequences" in _refusal("--model", model, "--scheduling", "similarity")
