@@ -282,6 +282,13 @@ def test_the_proxy_says_what_the_texts_cost(measured: QualityProfile) -> None:
             assert measured.proxy.kl(np.array(known.substituted)) == pytest.approx(known.kl.middle, rel=0.5)
 
 
+def test_a_part_of_the_layers_cannot_keep_a_percentage() -> None:
+    virtual = VirtualExperts([0, 1], VirtualSettings(bias=0.0))
+    keeper = QualityKeeper(ONE_PERCENT, profile_of(point(0.0, 0.005, 1.0)))
+    with pytest.raises(QualityBudgetError, match="all 1 layers"):
+        keeper.attach(virtual, lambda: 50, 100, definite=False)
+
+
 def test_in_hard_mode_a_budget_that_is_not_covered_any_more_makes_the_model_exact_until_it_is() -> None:
     memory = [50]
     virtual = VirtualExperts([0], VirtualSettings(bias=math.inf))

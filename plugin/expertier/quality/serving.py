@@ -58,8 +58,15 @@ class QualityKeeper:
         Raises
         ------
         QualityBudgetError
-            The quality budget cannot be kept with this memory.
+            The quality budget cannot be kept with this memory, or only some of the model's layers are here.
         """
+        covered, here = len(self.profile.proxy.weights), len(virtual.mass)
+        if covered != here:
+            raise QualityBudgetError(
+                f"A quality budget of {self.budget} is told by all {covered} layers with experts together, and this "
+                f"worker has {here} of them.",
+                "Leave pipeline parallelism out, or give a virtual_bias.",
+            )
         self._memory, self._total = memory, total
         if definite:
             share = memory() / total
