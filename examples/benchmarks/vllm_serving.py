@@ -46,6 +46,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from servers import ended
 
 _PATIENCE = 900  # seconds until a server must be ready
+ARMS = ("stock", "stock-again", "stock-limited", "expertier")
 console = Console(stderr=True)
 
 
@@ -260,7 +261,7 @@ def main() -> None:
     parser.add_argument("--characters", type=int, default=200, help="of a prompt")
     parser.add_argument("--cache", default="1GiB", help="KV cache of each server")
     parser.add_argument("--text", type=Path, action="append", default=[])
-    parser.add_argument("--arm", action="append", help="only these")
+    parser.add_argument("--arm", action="append", choices=ARMS, help="only these")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -271,7 +272,7 @@ def main() -> None:
         texts.decode[number % len(texts.decode)].text[(start := 7 * number) : start + options.characters]
         for number in range(options.requests)
     ]
-    arms = {"stock": None, "stock-again": None, "stock-limited": limit, "expertier": limit}
+    arms = dict(zip(ARMS, (None, None, limit, limit), strict=True))
     results = earlier(options.out / "serving.json")
     for arm, of in arms.items():
         if options.arm and arm not in options.arm:
