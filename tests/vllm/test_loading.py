@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from support.tiny_hf import HfSpec, write_hf
+from support.tiny_hub import NAME, hub
 from support.vllm_process import engine, error_of, kill, run, start
 from support.vllm_rows import sidecar_rows, stock_rows
 
@@ -250,8 +252,8 @@ def test_a_killed_worker_is_an_error_and_takes_the_other_one_with_it(tmp_path: P
     assert outcome["left"] == []
 
 
-def budget_auto(model: str) -> dict[str, Any]:
-    with engine(model, "auto") as llm:
+def budget_auto(model: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    with engine(model, "auto", **arguments) as llm:
         before = llm.collective_rpc("expertier_stats")[0]["budget_bytes"]
         tokens = answer(llm)
         resized = llm.collective_rpc("expertier_resize", args=("25%",))[0]
@@ -268,8 +270,25 @@ def budget_auto(model: str) -> dict[str, Any]:
     }
 
 
-def test_budget_auto_takes_what_is_left_and_a_resize_holds(tmp_path: Path) -> None:
-    outcome = run(budget_auto, str(write_hf(tmp_path, SPEC)))
+@pytest.fixture(scope="module")
+def named(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """An engine with budget "auto" whose model is on a hub, beside the same weights in another form."""
+    model = write_hf(tmp_path_factory.mktemp("hub"), dataclasses.replace(SPEC, files=2))
+    (model / "pytorch_model.bin").write_bytes(b"not wanted")
+    own, home = tmp_path_factory.mktemp("own"), tmp_path_factory.mktemp("home")
+    with hub(model) as server:
+        outcome = run(budget_auto, NAME, {"download_dir": str(own)}, environment=server.environment(home))
+    return outcome, server.fetched, own, home
+
+
+def test_a_model_that_is_named_is_fetched_as_stock_does_it(named: Any) -> None:
+    _, fetched, own, home = named
+    assert {name for name in fetched if name.endswith(".safetensors")} and "pytorch_model.bin" not in fetched
+    assert list(own.rglob("*.safetensors")) and not list(home.rglob("*.safetensors"))
+
+
+def test_budget_auto_takes_what_is_left_and_a_resize_holds(named: Any) -> None:
+    outcome = named[0]
     total = outcome["stats"]["total_bytes"]
     assert outcome["before"] == total  # a model so small fits everywhere
     assert outcome["resized"] == {"budget_bytes": total // 4}

@@ -21,6 +21,7 @@ from vllm.platforms import current_platform
 from vllm.utils.torch_utils import direct_register_custom_op
 from vllm.v1.outputs import ModelRunnerOutput
 
+from expertier.catalog.safetensors_header import CONFIG_NAME
 from expertier.errors import ExpertierError, ExpertLoadError, RouterScoresError, UnsupportedOptionError
 from expertier.scheduling import CONTROL
 from expertier_vllm import refusals
@@ -147,7 +148,7 @@ class ManagedWorker:
         parallel = self.vllm_config.parallel_config
         size = parallel.tensor_parallel_size
         return WorkerFacts(
-            checkpoint=_checkpoint(self.vllm_config.model_config),
+            checkpoint=_checkpoint(self.vllm_config.model_config, self.vllm_config.load_config),
             rank=self.rank,
             in_step=parallel.world_size > 1,
             local_workers=parallel.local_world_size,
@@ -308,14 +309,25 @@ def _failed_step(scheduler_output: Any, problem: str) -> ModelRunnerOutput:
     return output
 
 
-def _checkpoint(model: Any) -> Path:
-    """Directory of a model's files; upstream: ``weight_utils.drop_checkpoint_cache`` finds it alike."""
+def _checkpoint(model: Any, load: Any) -> Path:
+    """Directory of a model's files; one that is named and not local is fetched as stock would, a moment later.
+
+    Upstream: ``DefaultModelLoader._prepare_weights``, which knows ``--download-dir`` and fetches only the weights that
+    are loaded, where a repository may hold them in other forms, too. The configuration is never put there by stock.
+    """
     path = Path(model.model)
     if path.is_dir():
         return path
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(model.model, revision=model.revision))
+    folder, *_ = default_loader.DefaultModelLoader(load)._prepare_weights(
+        model.model, None, model.revision, fall_back_to_pt=True, allow_patterns_overrides=None
+    )
+    if not (Path(folder) / CONFIG_NAME).exists():
+        snapshot_download(
+            model.model, revision=model.revision, cache_dir=load.download_dir, allow_patterns=[CONFIG_NAME]
+        )
+    return Path(folder)
 
 
 _NORMS: Final = ("post_attention_layernorm", "ffn_norm", "pre_feedforward_layernorm")
