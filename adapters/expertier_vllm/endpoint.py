@@ -29,6 +29,7 @@ from expertier_vllm.options import VllmOptions
 
 _STATS: Final = "expertier_stats"
 _RESIZE: Final = "expertier_resize"
+_UNDO: Final = "expertier_undo_resize"
 _KEY_VARIABLE: Final = "VLLM_API_KEY"  # upstream: vllm.envs
 _MOST_BODY_BYTES: Final = 4096
 
@@ -133,6 +134,7 @@ class EndpointPlugin:
         for answer in await self._engine.collective_rpc(_RESIZE, args=(budget,)):
             error = answer.get("error") if isinstance(answer, Mapping) else None
             if error:
+                await self._engine.collective_rpc(_UNDO)  # stages of a pipeline may have room for different budgets
                 raise BudgetError(str(error.get("problem", error)), str(error.get("remedy", "")))
         return JSONResponse(report(await self._records()))
 

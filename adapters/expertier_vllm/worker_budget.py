@@ -81,6 +81,11 @@ class WorkerBudget:
         return min(self._asked or self._one_layer, self.largest)
 
     @property
+    def total(self) -> int:
+        """Bytes of the budget as users count it: with what stays resident of all experts."""
+        return self._manager.budget + self.always
+
+    @property
     def reserved(self) -> int:
         """Bytes of the budget that experts do not hold yet."""
         return self._manager.budget - self._held()
@@ -150,7 +155,7 @@ class WorkerBudget:
         self._resize(min(asked, self.largest))
         if self._pressure is not None:
             self._pressure.ask(self._manager.budget)
-        return self._manager.budget + self.always
+        return self.total
 
     def close(self) -> None:
         """Stop the governor."""

@@ -259,6 +259,8 @@ def budget_auto(model: str, arguments: dict[str, Any]) -> dict[str, Any]:
         resized = llm.collective_rpc("expertier_resize", args=("25%",))[0]
         again = answer(llm)
         refused = llm.collective_rpc("expertier_resize", args=(10,))[0]
+        llm.collective_rpc("expertier_resize", args=("50%",))
+        llm.collective_rpc("expertier_undo_resize")  # as if another worker had refused it
         stats = llm.collective_rpc("expertier_stats")[0]
     return {
         "before": before,

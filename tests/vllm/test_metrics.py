@@ -300,6 +300,13 @@ def test_a_workers_refusal_is_the_answer() -> None:
     assert error == {"type": "BudgetError", "message": "Too small.", "remedy": "Give more."}
 
 
+def test_a_budget_that_one_worker_refuses_is_taken_back_from_all() -> None:
+    refusal = {"error": {"type": "BudgetError", "problem": "Too small.", "remedy": "Give more."}}
+    engine = Engine(ON, lambda method, args: refusal if method == "expertier_resize" else None)
+    error_of(client(engine).post("/expertier/budget", json={"budget": "15%"}), 400)
+    assert [method for method, _ in engine.calls] == ["expertier_resize", "expertier_undo_resize"]
+
+
 def test_without_expertier_the_routes_say_how_to_turn_it_on() -> None:
     for engine in (Engine({}, answering), None):
         assert "--additional-config" in error_of(client(engine).get("/expertier/stats"), 404)["remedy"]

@@ -100,6 +100,7 @@ class ManagedWorker:
     """A worker of vLLM with a bounded set of experts; to be mixed in before vLLM's class."""
 
     expertier: Runtime
+    _budget_before: int | None = None  # the last change of it
     vllm_config: Any
     model_runner: Any
     cache_config: Any
@@ -246,7 +247,17 @@ class ManagedWorker:
             ``budget_bytes``, or ``error`` with its ``type``, ``problem`` and ``remedy``: as an exception, a refusal
             would reach the caller as a line of text inside another one.
         """
-        return _answered(lambda: {"budget_bytes": self.expertier.budget.resize(budget)})
+        before, self._budget_before = self.expertier.budget.total, None
+        answer = _answered(lambda: {"budget_bytes": self.expertier.budget.resize(budget)})
+        if "error" not in answer:
+            self._budget_before = before
+        return answer
+
+    def expertier_undo_resize(self) -> None:
+        """Return to the budget before the last change, because another worker refused that."""
+        before, self._budget_before = self._budget_before, None
+        if before is not None:
+            self.expertier.budget.resize(before)
 
 
 def _answered(call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
