@@ -50,7 +50,7 @@ TOUCHED = {
         "local_num_experts",
     ),
     "model_executor/layers/fused_moe/fused_moe_method_base.py": ("moe_kernel", "is_monolithic"),
-    "model_executor/model_loader/default_loader.py": ("safetensors_weights_iterator(",),
+    "model_executor/model_loader/default_loader.py": ("safetensors_weights_iterator(", "def _prepare_weights"),
     "model_executor/models/gpt_oss.py": ("_try_load_streamed_expert", "def load_weights"),
     "v1/worker/cpu_worker.py": ("def determine_available_memory", "class CPUWorker"),
     "v1/worker/gpu_worker.py": (
