@@ -21,12 +21,16 @@ class ExpertFormat:
         In words.
     over_experts : frozenset of str
         Parameters that the method replaces by their largest value among a layer's experts.
+    on_device : str
+        How to get a kernel that computes on slots, on a device.
     """
 
     name: str
     over_experts: frozenset[str] = frozenset()
+    on_device: str = "use --moe-backend triton"
 
 
+_OTHER_INT4: Final = "use int4 of GPTQ or compressed-tensors with --moe-backend triton"
 _INPUT_SCALES: Final = frozenset({"w13_input_scale", "w2_input_scale"})
 
 FORMATS: Final[Mapping[str, ExpertFormat]] = {
@@ -36,8 +40,8 @@ FORMATS: Final[Mapping[str, ExpertFormat]] = {
     "CompressedTensorsW8A8Int8MoEMethod": ExpertFormat(name="int8 (compressed-tensors)"),
     "CompressedTensorsWNA16MoEMethod": ExpertFormat(name="int4 (compressed-tensors)"),
     "AutoGPTQMoEMethod": ExpertFormat(name="int4 (GPTQ)"),
-    "AutoAWQMoEMethod": ExpertFormat(name="int4 (AWQ)"),
-    "GptOssMxfp4MoEMethod": ExpertFormat(name="MXFP4"),
+    "AutoAWQMoEMethod": ExpertFormat(name="int4 (AWQ)", on_device=_OTHER_INT4),
+    "GptOssMxfp4MoEMethod": ExpertFormat(name="MXFP4", on_device="use a checkpoint in bf16"),
 }
 """By class: methods of which every expert's row was compared with what stock makes of the whole layer."""
 
@@ -59,9 +63,11 @@ Upstream: fused_moe/experts/cpu_moe.py. Others there keep scales of their own, m
 inside.
 """
 
-SLOT_KERNELS: Final = frozenset({"TritonExperts"})
+SLOT_KERNELS: Final = frozenset({"TritonExperts", "TritonWNA16Experts"})
 """Kernels that compute on as many experts as their weights have, and so on slots.
 
-Upstream: fused_moe/experts/triton_moe.py. How it divides its work depends on that number, and its rounding with it: see
-:mod:`expertier_vllm.compat.v032.triton`. Those of the processor are among the others.
+Upstream: fused_moe/experts/triton_moe.py; ``fused_moe_kernel`` and ``fused_moe_kernel_gptq_awq`` in fused_moe.py find
+weights, scales, zero points and biases of the expert with number ``n`` at ``n`` strides, and a row of the output is one
+program's sum in one order. How they divide their work depends on the number of experts and of tokens, and their
+rounding with it: see :mod:`expertier_vllm.compat.v032.triton`. Those of the processor are among the others.
 """

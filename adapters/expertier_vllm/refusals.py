@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -219,11 +220,34 @@ def unverified_quantisation(method: str) -> UnsupportedModelError:
     )
 
 
-def unverified_kernel(kernel: str) -> UnsupportedModelError:
+def unverified_kernel(kernel: str, on_device: str) -> UnsupportedModelError:
     """Experts are computed by a kernel of which it is not known where it looks for them."""
+    reason = _KERNELS.get(kernel, "where that looks for them is not known")
     return UnsupportedModelError(
-        f"vLLM computes these experts with {kernel}, and where that looks for them is not known.",
+        f"vLLM computes these experts with {kernel}, and {reason}.",
+        f"On CUDA {on_device}, or start without Expertier.",
+    )
+
+
+_MARLIN: Final = "that divides its sums by an expert's place among those of a step, so that it would round by slot"
+_KERNELS: Final = {"MarlinExperts": _MARLIN, "BatchedMarlinExperts": _MARLIN}
+"""What was read of kernels that are refused. Upstream: ``init_slice`` in moe/marlin_moe_wna16/marlin_template.h."""
+
+
+def own_tensors(kernel: str, names: Sequence[str]) -> UnsupportedModelError:
+    """A kernel copied or rearranged what belongs to experts when it was made."""
+    return UnsupportedModelError(
+        f"vLLM computes these experts with {kernel}, which keeps copies of its own ({', '.join(names)}) that would not "
+        "change with the experts.",
         "Choose another kernel with --moe-backend (on CUDA triton), or start without Expertier.",
+    )
+
+
+def scale_of_a_call(kernel: str) -> UnsupportedModelError:
+    """What a kernel makes of one token depends on which others it is given, padding among them."""
+    return UnsupportedModelError(
+        f"With {kernel} these experts share one scale among all tokens of a call, and in slots a call may have others.",
+        "Use a checkpoint with scales of inputs that are static, by token or by block, or start without Expertier.",
     )
 
 
@@ -240,12 +264,4 @@ def unknown_router(kind: str) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"Virtual experts do not know this model's router ({kind}).",
         "Leave out the virtual_ options; known are softmax and sigmoid scores, grouped or not, also with a correction.",
-    )
-
-
-def quantised_slots(method: str) -> UnsupportedModelError:
-    """Slots were tried with plain weights only."""
-    return UnsupportedModelError(
-        f"host_budget is not possible with experts quantised by {method}.",
-        "Leave host_budget out, or use a checkpoint in bf16, fp16 or fp32.",
     )

@@ -16,8 +16,9 @@ import torch
 from expertier_vllm import refusals
 from expertier_vllm.checkpoint import Source, SourceReader
 from expertier_vllm.formats import FORMATS, KERNELS, SLOT_KERNELS, ExpertFormat
+from expertier_vllm.kernels import check_kernel
 
-_SMALL: Final = 64  # rows below this fraction of an expert stay resident for all experts
+_SMALL: Final = 64  # rows below this fraction of an expert are small
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,16 +33,20 @@ class Row:
         Without the expert dimension.
     dtype : torch.dtype
         Element type.
-    window : bool
-        Whether it comes and goes with its expert; small rows stay resident for all experts.
+    moves : bool
+        Whether it comes and goes with its expert: in slots every row does, in windows small ones stay resident for all
+        experts.
+    small : bool
+        Whether all experts' rows together are a small part of the layer.
     common : bool
-        Whether the layer holds one value for all experts; every expert's row then repeats it.
+        Whether the layer holds one value for all experts, which stays; every expert's row then repeats it.
     """
 
     param: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    window: bool
+    moves: bool
+    small: bool = False
     common: bool = False
 
     @property
@@ -132,7 +137,8 @@ class RowFill:
         UnsupportedOptionError
             The kernel for it routes inside.
         UnsupportedModelError
-            Some of it belongs to no single expert, or the kernel is not known.
+            Some of it belongs to no single expert, the kernel is not known, or it would not see what is put in place
+            of the layer's weights.
         """
         self.process_nothing()
         kind = type(self._method).__name__
@@ -141,25 +147,28 @@ class RowFill:
         kernel = getattr(self._method, "experts_cls", None)
         known = KERNELS | SLOT_KERNELS if in_slots else KERNELS
         if kernel is not None and kernel.__name__ not in known:
-            raise refusals.unverified_kernel(kernel.__name__)
+            raise refusals.unverified_kernel(kernel.__name__, self.format.on_device)
         parameters = dict(self._module.named_parameters())
+        check_kernel(self._method.moe_kernel, parameters.values(), in_slots=in_slots)
         total = sum(value.nbytes for value in parameters.values())
         rows = []
         for name, value in parameters.items():
             common = value.dim() == 0 and name in self.format.over_experts
             if not common and (value.dim() == 0 or value.shape[0] != 1 or not value.is_contiguous()):
                 raise refusals.unverified_quantisation(kind)
+            small = common or value.nbytes * _SMALL < total
             rows.append(
                 Row(
                     param=name,
                     shape=tuple(value.shape[1:]),
                     dtype=value.dtype,
-                    window=not common and value.nbytes * _SMALL >= total,
+                    moves=not common and (in_slots or not small),
+                    small=small,
                     common=common,
                 )
             )
         self.clear()
-        return tuple(sorted(rows, key=lambda row: (not row.window, row.param.startswith("w2"))))
+        return tuple(sorted(rows, key=lambda row: (row.small, row.param.startswith("w2"))))
 
     def process_nothing(self) -> None:
         """Leave the layer as stock's processing leaves it, with one expert of zeros."""
@@ -255,7 +264,7 @@ class RowFill:
             # for it.
             parameter = getattr(module, row.param)
             parameter.data = tensor
-            if row.window:
+            if row.moves:
                 # Not a parameter: whoever walks over those (checksums, sleep mode, saving) would touch absent experts.
                 for name in [name for name, value in module._parameters.items() if value is parameter]:
                     delattr(module, name)

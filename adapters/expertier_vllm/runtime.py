@@ -264,19 +264,27 @@ class Runtime:
         self._make_manager(layers, pack, file)
 
     def _make_manager(self, layers: tuple[LayerExperts, ...], pack: Pack, file: StorageFile) -> None:
-        windowed = {f"{stage.name}.{row.param}" for stage in self._stages for row in stage.rows if row.window}
+        moving = {f"{stage.name}.{row.param}" for stage in self._stages for row in stage.rows if row.moves}
         managed = [
             LayerExperts(
                 layer=layer.layer,
                 experts=layer.experts,
                 top_k=layer.top_k,
-                parts=tuple(part for part in layer.parts if part.name in windowed),
+                parts=tuple(part for part in layer.parts if part.name in moving),
             )
             for layer in layers
         ]
+        resident = [
+            {
+                part.name: read_rows(file, pack, part, stage.row(part.name).dtype)
+                for part in layer.parts
+                if part.name not in moving
+            }
+            for stage, layer in zip(self._stages, layers, strict=True)
+        ]
         offload = self.options.offload
         if self.in_slots:
-            self._make_slots(managed, pack, file)
+            self._make_slots(managed, resident, pack, file)
             return
         settings = VirtualSettings.from_options(offload, top_k=min(stage.top_k for stage in self._stages))
         if settings is not None:
@@ -340,15 +348,16 @@ class Runtime:
         self._last = len(self._stages) - 1
         self._by_layer = {stage.layer: stage for stage in self._stages}
         addresses = {name: placement.address for name, placement in pool.placements.items()}
-        for stage, layer in zip(self._stages, layers, strict=True):
-            resident = {
-                part.name: read_rows(file, pack, part, stage.row(part.name).dtype)
-                for part in layer.parts
-                if part.name not in windowed
-            }
-            stage.settle(addresses, resident)
+        for stage, rows in zip(self._stages, resident, strict=True):
+            stage.settle(addresses, rows)
 
-    def _make_slots(self, layers: Sequence[LayerExperts], pack: Pack, file: StorageFile) -> None:
+    def _make_slots(
+        self,
+        layers: Sequence[LayerExperts],
+        resident: Sequence[Mapping[str, torch.Tensor]],
+        pack: Pack,
+        file: StorageFile,
+    ) -> None:
         """Put the experts into slots; what is not known to work with them was refused before."""
         offload = self.options.offload
         sizes = {layer.layer: layer.expert_bytes for layer in layers}
@@ -358,6 +367,7 @@ class Runtime:
             smallest=sum(layer.top_k * layer.expert_bytes for layer in layers),  # every layer has slots of its own
             largest=total,
             one_layer=max(layer.total_bytes for layer in layers),
+            always=sum(stage.resident_bytes for stage in self._stages),
             sharers=self.facts.local_workers,
             on_host=self.facts.device == "cpu",
         )
@@ -372,6 +382,7 @@ class Runtime:
             layers,
             {pack.path: file},
             pack,
+            resident,
             device=self._stages[0].device,
             device_bytes=self.budget.first,
             host_bytes=host_bytes,
@@ -733,14 +744,18 @@ class Runtime:
         capacity: int,
     ) -> torch.Tensor:
         output = torch.empty_like(x)
-        for tokens, wanted in token_groups(routes, capacity, self.manager.resident(stage.layer)):
-            rows = torch.from_numpy(tokens)
-            if self._slots is not None:
-                with self._slots.working_set(stage.layer, wanted, ids[rows]) as slots:
-                    output[rows] = stage.module.compute_resident(x[rows], weights[rows], slots)
-                continue
-            with self.manager.acquire(stage.layer, wanted):
-                output[rows] = stage.module.compute_resident(x[rows], weights[rows], ids[rows])
+        stage.tokens = len(x)
+        try:
+            for tokens, wanted in token_groups(routes, capacity, self.manager.resident(stage.layer)):
+                rows = torch.from_numpy(tokens)
+                if self._slots is not None:
+                    with self._slots.working_set(stage.layer, wanted, ids[rows]) as slots:
+                        output[rows] = stage.module.compute_resident(x[rows], weights[rows], slots)
+                    continue
+                with self.manager.acquire(stage.layer, wanted):
+                    output[rows] = stage.module.compute_resident(x[rows], weights[rows], ids[rows])
+        finally:
+            stage.tokens = None
         return output
 
     def _begin(self, tokens: int) -> None:

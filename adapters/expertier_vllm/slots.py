@@ -69,6 +69,8 @@ class ExpertSlots:
         The sidecar, opened.
     pack : Pack
         The sidecar.
+    resident : sequence of mapping of str to Tensor
+        For every layer, what has one value for all its experts, by part name.
     device : torch.device
         Where the layers compute.
     device_bytes, host_bytes : int
@@ -83,6 +85,7 @@ class ExpertSlots:
         layers: Sequence[LayerExperts],
         files: Mapping[Path, StorageFile],
         pack: Pack,
+        resident: Sequence[Mapping[str, torch.Tensor]],
         *,
         device: torch.device,
         device_bytes: int,
@@ -103,15 +106,12 @@ class ExpertSlots:
         self._experts = {layer.layer: np.arange(layer.experts) for layer in layers}
         self._places: dict[int, torch.Tensor] = {}
         self._noted = -1
-        for stage, layer in zip(stages, layers, strict=True):
-            memory = self.tier.pool.memory(layer.layer)
-            rows = [stage.row(part.name) for part in layer.parts]
-            stage.settle_in_slots(
-                {
-                    row.param: torch.as_tensor(piece).view(row.dtype).view(-1, *row.shape)
-                    for row, piece in zip(rows, memory, strict=True)
-                }
-            )
+        for stage, layer, common in zip(stages, layers, resident, strict=True):
+            slots = {}
+            for part, memory in zip(layer.parts, self.tier.pool.memory(layer.layer), strict=True):
+                row = stage.row(part.name)
+                slots[part.name] = torch.as_tensor(memory).view(row.dtype).view(-1, *row.shape)
+            stage.settle_in_slots(slots, common)
 
     def capacity(self, layer: int) -> int:
         """Experts of a layer that can be on the device at once."""

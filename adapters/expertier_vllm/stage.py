@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -45,6 +44,8 @@ class ExpertStage:
         Place among the MoE layers of this worker, set by the runtime.
     experts, top_k : int
         Of the layer.
+    tokens : int or None
+        Of the whole step, while the layer computes it in groups.
     rows : tuple of Row
         What an expert consists of; empty until :meth:`set_up`.
     spacing : int
@@ -62,6 +63,7 @@ class ExpertStage:
         self.position = -1
         self.top_k = 0
         self.spacing = 1
+        self.tokens: int | None = None
         self.rows: tuple[Row, ...] = ()
         self.runtime: Runtime
         self.scoring: RouterScoring  # where virtual experts are on
@@ -148,10 +150,6 @@ class ExpertStage:
     def set_up(self) -> None:
         """Find out what an expert consists of once it has been processed; see :meth:`RowFill.rows`."""
         self.rows = self._fill.rows(in_slots=self.runtime.in_slots)
-        if self.runtime.in_slots:
-            if type(self.method).__name__ != "UnquantizedFusedMoEMethod":
-                raise refusals.quantised_slots(type(self.method).__name__)
-            self.rows = tuple(replace(row, window=True) for row in self.rows)  # small ones, too: they go by slot
 
     # ---- writing the sidecar
 
@@ -186,7 +184,7 @@ class ExpertStage:
         """
         self._check_complete()
         fill = self._fill
-        small: dict[Row, list[bytes]] = {row: [] for row in self.rows if not row.window}
+        small: dict[Row, list[bytes]] = {row: [] for row in self.rows if row.small}
         try:
             fill.gather(self._sources.values(), reader)
             for row in self.rows:
@@ -202,9 +200,9 @@ class ExpertStage:
                     fill.fill(mine, reader)
                     for other in unread:
                         small[other].append(bytes(fill.bytes_of(other)))
-                    if row.window:
+                    if not row.small:
                         yield fill.bytes_of(row)
-                if not row.window:
+                if row.small:
                     yield from (memoryview(data) for data in small[row])
         finally:
             fill.clear()
@@ -237,10 +235,10 @@ class ExpertStage:
         for row in self.rows:
             name = f"{self.name}.{row.param}"
             shape = (self.experts * self.spacing, *row.shape)
-            if row.window:
+            if row.moves:
                 values[row] = tensor_at(addresses[name], shape, row.dtype)
             elif row.common:
-                values[row] = resident[name][0]
+                values[row] = resident[name][0].clone()
             elif self.spacing == 1:
                 values[row] = resident[name]
             else:  # zeros cost no memory before they are touched
@@ -251,20 +249,27 @@ class ExpertStage:
     @property
     def resident_bytes(self) -> int:
         """Bytes that stay resident for all experts, at most."""
-        rows = [row.nbytes for row in self.rows if not row.window]
-        return self.experts * sum(min(self.spacing * size, size + 2 * PAGE) for size in rows)
+        common = sum(row.nbytes for row in self.rows if row.common)
+        rows = [row.nbytes for row in self.rows if not row.moves and not row.common]
+        return common + self.experts * sum(min(self.spacing * size, size + 2 * PAGE) for size in rows)
 
-    def settle_in_slots(self, memory: Mapping[str, torch.Tensor]) -> None:
-        """End loading: let the layer's weights be slots, shape ``(slots, ...)``.
+    def settle_in_slots(self, slots: Mapping[str, torch.Tensor], resident: Mapping[str, torch.Tensor]) -> None:
+        """End loading: let the layer's weights be slots, and what it has one value of be that.
 
         Parameters
         ----------
-        memory : mapping of str to Tensor
-            Attribute of the layer to the rows of all slots.
+        slots : mapping of str to Tensor
+            Part name to the rows of all slots, shape ``(slots, ...)``.
+        resident : mapping of str to Tensor
+            Part name to the rows of all experts, of what does not come and go.
         """
         self._sources.clear()
-        self._fill.settle({row: memory[row.param] for row in self.rows})
-        self.module.global_num_experts = len(next(iter(memory.values())))
+        values = {}
+        for row in self.rows:
+            name = f"{self.name}.{row.param}"
+            values[row] = slots[name] if row.moves else resident[name][0].clone().to(self.device)
+        self._fill.settle(values)
+        self.module.global_num_experts = len(next(iter(slots.values())))
 
     def choose(
         self, logits: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor

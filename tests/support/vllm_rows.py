@@ -11,8 +11,6 @@ def stock_rows(llm: Any) -> dict[str, str]:
 
     A value that a layer has for all its experts counts as everybody's row.
     """
-    import torch
-
     digests = {}
     model = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.get_model()
     experts = {
@@ -24,8 +22,26 @@ def stock_rows(llm: Any) -> dict[str, str]:
             continue
         rows = parameter.data if parameter.dim() else parameter.data.expand(experts[owner])
         for expert, row in enumerate(rows):
-            data = row.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-            digests[f"{owner.removesuffix('.routed_experts')}.{param} {expert}"] = hashlib.sha256(data).hexdigest()
+            digests[f"{owner.removesuffix('.routed_experts')}.{param} {expert}"] = _digest(row)
+    return digests
+
+
+def _digest(row: Any) -> str:
+    import torch
+
+    return hashlib.sha256(row.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def slot_rows(llm: Any) -> dict[str, str]:
+    """The same of what an engine with Expertier holds in slots: only of the experts that are there."""
+    runtime = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.expertier
+    digests = {}
+    for stage in runtime._stages:
+        slots = runtime._slots.tier.pool.slots(stage.layer)
+        for expert in (slots >= 0).nonzero()[0].tolist():
+            for row in stage.rows:
+                value = getattr(stage.module, row.param).data
+                digests[f"{stage.name}.{row.param} {expert}"] = _digest(value[slots[expert]] if row.moves else value)
     return digests
 
 

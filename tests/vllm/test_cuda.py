@@ -219,37 +219,79 @@ def test_vllm_splits_a_graph_at_the_experts_whose_output_the_piece_before_alloca
 # ---- the kernel
 
 
-def test_a_kernel_on_slots_divides_its_work_as_on_all_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+def on_slots(name: str, config: Any, experts: int) -> tuple[Any, Any, list[Any]]:
+    """A kernel of a name, its stage in a layer of so many experts, and the list of tiles that it computes with."""
     import torch
     from vllm.model_executor.layers.fused_moe import get_config
-    from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
-    from vllm.model_executor.layers.fused_moe.fused_moe import try_get_optimal_moe_config
 
     from expertier_vllm.compat.v032 import triton
 
     seen: list[Any] = []
 
-    class TritonExperts:
-        quant_config = FusedMoEQuantConfig.make()
-        block_shape = None
+    def apply(self: Any, **_: Any) -> str:
+        seen.append(get_config())
+        return "done"
 
-        def apply(self, **_: Any) -> str:
-            seen.append(get_config())
-            return "done"
-
-    kernel = TritonExperts()
+    kernel = type(name, (), {"quant_config": config, "block_shape": config.block_shape, "apply": apply})()
     layer = torch.nn.Module()
-    layer.managed = SimpleNamespace(experts=256)
+    layer.managed = SimpleNamespace(experts=experts, tokens=None)
     layer.quant_method = SimpleNamespace(moe_kernel=SimpleNamespace(fused_experts=kernel))
     triton.install(torch.nn.ModuleList([layer, torch.nn.Linear(1, 1)]))
+    return kernel, layer.managed, seen
+
+
+def test_a_kernel_on_slots_divides_its_work_as_on_all_experts() -> None:
+    import torch
+    from vllm.model_executor.layers.fused_moe import get_config
+    from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
+    from vllm.model_executor.layers.fused_moe.fused_moe import try_get_optimal_moe_config
+
+    kernel, _, seen = on_slots("TritonExperts", FusedMoEQuantConfig.make(), 256)
     tokens, slots = torch.empty(2048, 32), 8
     w1, w2 = torch.empty(slots, 128, 32), torch.empty(slots, 32, 64)
     given = {"topk_ids": torch.zeros(2048, 4, dtype=torch.int32)}
-    assert kernel.apply(hidden_states=tokens, w1=w1, w2=w2, **given) == "done"  # type: ignore[attr-defined]
+    assert kernel.apply(hidden_states=tokens, w1=w1, w2=w2, **given) == "done"
     all_experts = try_get_optimal_moe_config((256, 128, 32), (256, 32, 64), 4, None, 2048)
     assert seen == [all_experts]
     assert all_experts != try_get_optimal_moe_config(w1.shape, w2.shape, 4, None, 2048)  # or this would show nothing
     assert get_config() is None
+
+
+@pytest.mark.parametrize("name", ["TritonExperts", "TritonWNA16Experts"])
+def test_a_kernel_that_gets_a_step_in_groups_divides_its_work_as_on_the_whole_step(name: str) -> None:
+    import torch
+    from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig, int4_w4a16_moe_quant_config
+    from vllm.model_executor.layers.fused_moe.fused_moe import get_moe_wna16_block_config, try_get_optimal_moe_config
+
+    int4 = name == "TritonWNA16Experts"
+    scale = torch.ones(8, 128, 1)
+    config = (
+        int4_w4a16_moe_quant_config(w1_scale=scale, w2_scale=scale, w1_zp=None, w2_zp=None, block_shape=[0, 32])
+        if int4
+        else FusedMoEQuantConfig.make()
+    )
+    kernel, stage, seen = on_slots(name, config, 8)
+    w1, w2 = torch.empty(8, 128, 32), torch.empty(8, 64, 32)
+
+    def compute(tokens: int) -> dict[str, int]:
+        kernel.apply(
+            hidden_states=torch.empty(tokens, 64, dtype=torch.bfloat16),
+            w1=w1,
+            w2=w2,
+            topk_ids=torch.zeros(tokens, 4, dtype=torch.int32),
+        )
+        tiles: dict[str, int] = seen[-1]
+        if int4:  # what the kernel's launch adds, by its own number of tokens
+            more = dict.fromkeys(("size_k", "size_n", "num_experts", "group_size", "block_size_m"), 32)
+            asked = {"num_valid_tokens": 4 * tokens, "real_top_k": 4, "use_moe_wna16_cuda": False}
+            return tiles | get_moe_wna16_block_config(config=tiles, **asked, **more)
+        return tiles
+
+    whole, alone = compute(2048), compute(1)
+    stage.tokens = 2048
+    assert compute(1) == whole != alone
+    stock = config.config_name(torch.bfloat16), 2048, config.block_shape
+    assert whole.items() >= try_get_optimal_moe_config(w1.shape, w2.shape, 4, *stock).items()
 
 
 # ---- in the CPU build, with the operators of a device
