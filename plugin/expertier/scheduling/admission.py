@@ -310,7 +310,7 @@ class Admission:
             rows = [path for path in running if path is not None]
             rows += [entry.path for entry in chosen if entry.path is not None]
             now = Round(
-                waiting=np.stack([usual if entry.path is None else entry.path for entry in free]),
+                waiting=[usual if entry.path is None else entry.path for entry in free],
                 running=np.stack(rows) if rows else np.zeros((0, self.book.width), np.float32),
                 usual=usual,
                 resident=resident,
@@ -365,11 +365,11 @@ class Admission:
 
 def _gain(now: Round, answer: list[int]) -> float:
     """Part of the experts expected beyond those in use and in memory that an answer saves against order of arrival."""
-    price = np.ones(now.waiting.shape[1], np.float32) if now.resident is None else 1 - now.resident
+    price = np.ones(len(now.usual), np.float32) if now.resident is None else 1 - now.resident
     for path in now.running:
         price = price * (1 - path)
     needs = [
-        float(price @ (1 - np.prod(1 - now.waiting[places], axis=0)))
-        for places in (np.arange(len(answer)), np.array(answer, np.int64))
+        float(np.einsum("i,i->", price, 1 - np.prod([1 - now.waiting[place] for place in places], axis=0)))
+        for places in (range(len(answer)), answer)
     ]
     return 1 - needs[1] / needs[0] if needs[0] > 0 else 0.0

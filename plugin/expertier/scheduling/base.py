@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,12 +14,13 @@ from expertier.residency.base import IntArray
 
 @dataclass(frozen=True, kw_only=True)
 class Round:
-    """What a batcher sees: everything is in columns, so that it can work without loops over requests.
+    """What a batcher sees.
 
     Attributes
     ----------
-    waiting : ndarray of float32, shape (candidates, layers * experts)
-        Paths of the waiting requests, in order of arrival; zeros where nothing is known.
+    waiting : sequence of ndarray of float32, shape (layers * experts,)
+        Paths of the waiting requests, in order of arrival; `usual` where nothing is known. One that has not changed
+        since the decision before is the same object, so that a batcher may keep what it worked out.
     running : ndarray of float32, shape (running, layers * experts)
         Paths of the requests in the batch.
     usual : ndarray of float32, shape (layers * experts,)
@@ -29,7 +31,7 @@ class Round:
         Requests that may join, at least one.
     """
 
-    waiting: NDArray[np.float32]
+    waiting: Sequence[NDArray[np.float32]]
     running: NDArray[np.float32]
     usual: NDArray[np.float32]
     resident: NDArray[np.float32] | None

@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 
 from expertier.manager import OffloadManager
 from expertier.residency.base import IntArray
-from expertier.routing.products import times
 
 HALF_LIFE = 64.0
 """Tokens after which what a running request used counts half."""
@@ -79,37 +78,43 @@ class PathBook:
             What the router chose; negative where a layer did not run.
         """
         rows = len(tokens)
-        used = np.zeros((rows, self.width + 1), np.float32)  # the last column takes what is not there
+        chosen = np.zeros((rows, self.width + 1), bool)  # the last column takes what is not there
         flat = np.where(routes >= 0, routes + self._offset, self.width).reshape(rows, -1)
-        used[np.arange(rows)[:, None], flat] = 1.0
-        used = used[:, :-1]
-        self._learn(tokens, used)
+        chosen[np.arange(rows)[:, None], flat] = True
+        chosen[:, -1] = False
+        row, column = np.divmod(np.flatnonzero(chosen), self.width + 1)
+        self._learn(tokens, row, column)
         # Rows of one request are neighbours, in order.
         names = list(requests)
-        edges = [0, *(row for row in range(1, rows) if names[row] != names[row - 1]), rows]
-        for start, stop in itertools.pairwise(edges):
-            self._follow(names[start], used[start:stop])
+        edges = [0, *(place for place in range(1, rows) if names[place] != names[place - 1]), rows]
+        cuts = np.searchsorted(row, edges).tolist()
+        for (start, stop), (first, last) in zip(itertools.pairwise(edges), itertools.pairwise(cuts), strict=True):
+            self._follow(names[start], stop - start, row[first:last] - start, column[first:last])
 
-    def _learn(self, tokens: IntArray, used: NDArray[np.float32]) -> None:
+    def _learn(self, tokens: IntArray, row: IntArray, column: IntArray) -> None:
+        """Add what rows used to what their tokens did: experts `column`, each of the `row` beside it."""
         pick = np.flatnonzero(tokens >= 0)
         if len(pick) > _MOST_ROWS:
             pick = pick[:: -(-len(pick) // _MOST_ROWS)]
-        places = self._places(tokens[pick])
-        if not len(places):
+        places = np.full(len(tokens), -1, np.int64)
+        places[pick] = self._places(tokens[pick])
+        if not len(pick):
             return
         if len(self._table) <= places.max():
             size = min(self._rows, max(1024, 2 * len(self._table), int(places.max()) + 1))
             self._table = np.concatenate([self._table, np.zeros((size - len(self._table), self.width), np.float32)])
             self._uses = np.concatenate([self._uses, np.zeros(size - len(self._uses), np.float32)])
-        np.add.at(self._table, places, used[pick])
-        np.add.at(self._uses, places, 1.0)
-        self._total += used[pick].sum(axis=0)
+        place = places[row]
+        learned = place >= 0
+        np.add.at(self._table.reshape(-1), place[learned] * self.width + column[learned], np.float32(1))
+        np.add.at(self._uses, places[pick], np.float32(1))
+        self._total += np.bincount(column[learned], minlength=self.width)
         self._seen += len(pick)
 
-    def _follow(self, request: Hashable, used: NDArray[np.float32]) -> None:
-        count = len(used)
+    def _follow(self, request: Hashable, count: int, row: IntArray, column: IntArray) -> None:
+        """Add so many tokens of a request, and the experts they used."""
         weights = self._steady ** np.arange(count - 1, -1, -1, dtype=np.float32)
-        fresh = times(used.T, weights)
+        fresh = np.bincount(column, weights[row], self.width)
         before = self._paths.get(request)
         # Kept as a sum over tokens with a decay, its weight in the last place.
         if before is None:
@@ -139,7 +144,9 @@ class PathBook:
         places = places[self._uses[places] > 0]
         if 4 * len(places) < min(len(tokens), MOST_PROMPT):
             return None
-        result: NDArray[np.float32] = (self._table[places] / self._uses[places, None]).mean(axis=0)
+        some, counts = np.unique(places, return_counts=True)  # texts repeat their tokens
+        shares = (counts / (self._uses[some] * len(places))).astype(np.float32)
+        result: NDArray[np.float32] = np.einsum("i,ij->j", shares, self._table[some])
         return result
 
     def usual(self) -> NDArray[np.float32]:

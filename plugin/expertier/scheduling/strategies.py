@@ -6,19 +6,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from expertier.residency.base import IntArray
-from expertier.routing.products import pairs, times
+from expertier.routing.products import times
 from expertier.scheduling.base import Round
+from expertier.scheduling.kept import Cosines, KeptRows, Side
 
 _COMPARED = 64
 """Requests among which neighbours of those that wait are looked for: the first ones."""
-
-
-def unit(paths: NDArray[np.float32], usual: NDArray[np.float32]) -> NDArray[np.float32]:
-    """What sets paths apart from the usual one, each of length 1; zeros where nothing does."""
-    apart = paths - usual
-    length = np.sqrt(np.einsum("ij,ij->i", apart, apart))[:, None]
-    apart /= np.maximum(length, 1e-6)
-    return apart
 
 
 class Similarity:
@@ -43,25 +36,35 @@ class Similarity:
     def __init__(self, neighbours: int = 6, regret: float = 0.5) -> None:
         self._neighbours = neighbours
         self._regret = regret
+        self._roots = KeptRows(np.sqrt)
 
     def choose(self, now: Round) -> IntArray:
-        root = np.sqrt(now.usual)
-        waiting = unit(np.sqrt(now.waiting), root)
-        alike = pairs(waiting, unit(np.sqrt(now.running), root))
-        among = pairs(waiting, waiting[:_COMPARED])
+        places = self._roots.find(now.waiting)
+        usual, running = np.sqrt(now.usual), np.sqrt(now.running)
+        seen = self._roots.times(places, np.concatenate([usual[None], running]))
+        cosines = Cosines(usual)
+        waiting = cosines.side(self._roots.squares(places), seen[:, 0])
+        batch = cosines.side(np.einsum("ij,ij->i", running, running), times(running, usual))
+        alike = cosines.of(seen[:, 1:], waiting, batch)
+        among = self._among(cosines, places, waiting, slice(_COMPARED))
         np.fill_diagonal(among, -np.inf)
         chosen: list[int] = []
-        for _ in range(min(now.room, len(waiting))):
+        for _ in range(min(now.room, len(places))):
             later = self._near(among)
             score = self._near(alike) - self._regret * later if alike.shape[1] else later
             score[chosen] = -np.inf
             place = int(score.argmax())
             chosen.append(place)
             known = place < among.shape[1]
-            alike = np.column_stack([alike, among[:, place] if known else times(waiting, waiting[place])])
+            column = among[:, place] if known else self._among(cosines, places, waiting, slice(place, place + 1))
+            alike = np.column_stack([alike, column])
             if known:
                 among[:, place] = -np.inf
         return np.array(chosen, np.int64)
+
+    def _among(self, cosines: Cosines, places: IntArray, waiting: Side, some: slice) -> NDArray[np.float32]:
+        """Cosines of all that wait with some of them."""
+        return cosines.of(self._roots.products(places, places[some]), waiting, (waiting[0][some], waiting[1][some]))
 
     def _near(self, alike: NDArray[np.float32]) -> NDArray[np.float32]:
         """Mean over the nearest neighbours, shape ``(candidates,)``."""
@@ -79,9 +82,11 @@ class Greedy:
 
     def __init__(self, resident_bonus: float = 0.5) -> None:
         self._bonus = resident_bonus
+        self._kept = KeptRows(np.asarray)
 
     def choose(self, now: Round) -> IntArray:
-        price = np.ones(now.waiting.shape[1], np.float32)
+        places = self._kept.find(now.waiting)
+        price = np.ones(len(now.usual), np.float32)
         if now.resident is not None:
             price -= self._bonus * now.resident
         for path in now.running:
@@ -89,7 +94,7 @@ class Greedy:
         chosen: list[int] = []
         free = np.ones(len(now.waiting), bool)
         for _ in range(min(now.room, len(now.waiting))):
-            cost = times(now.waiting, price)
+            cost = self._kept.times(places, price[None])[:, 0]
             cost[~free] = np.inf
             place = int(cost.argmin())
             chosen.append(place)
@@ -105,11 +110,15 @@ class Balanced:
 
     def __init__(self, rounds: int = 8) -> None:
         self._rounds = rounds
+        self._kept = KeptRows(np.asarray)
 
     def choose(self, now: Round) -> IntArray:
-        waiting = unit(now.waiting, now.usual)
-        alike = pairs(waiting, waiting)
-        members = np.arange(len(waiting))
+        places = self._kept.find(now.waiting)
+        cosines = Cosines(now.usual)
+        products = self._kept.products(places, places)
+        waiting = cosines.side(self._kept.squares(places), self._kept.times(places, now.usual[None])[:, 0])
+        alike = cosines.of(products, waiting, waiting)
+        members = np.arange(len(places))
         while len(members) > now.room:
             members = self._half(alike, members, now.room)
         return members
