@@ -46,6 +46,7 @@ def test_every_scheduler_serves_the_same_requests_to_their_end(
     ]
     assert all(run["tokens_per_second"] > 0 and run["first_token_p99"] > 0 for run in runs)
     assert all(run["loads_per_token"] > 0 and run["bytes_per_token"] > 0 for run in runs)
+    assert all(0 < run["answer_mean"] <= run["answer_p99"] for run in runs)
     assert all(0 < run["stalled"] < 1 for run in runs)
     assert all(run["processor_per_token"] > 0 for run in runs)
     assert data["traffic"]["plan"]["side_by_side"] is bool(turns)
@@ -66,6 +67,17 @@ def test_a_recorded_log_is_served_at_its_own_times(
     )  # fmt: skip
     assert {run["arm"] for run in data["traffic"]["runs"]} == {"fcfs", "greedy"}
     assert data["traffic"]["plan"]["requests"] == 5
+
+
+def test_under_light_load_requests_come_by_the_clock_and_nobody_is_overtaken(
+    invoke_json: Callable[..., Any], tiny_model: Callable[[TinySpec], Path], prompts: Path, tmp_path: Path
+) -> None:
+    data = invoke_json(
+        "compare", tiny_model(TinySpec()), "--scheduler", "similarity", "--prompts", prompts, "--load", "20%",
+        "--requests", 6, "--earlier", 4, "--side-by-side", "--out", tmp_path / "out", *FAST,
+    )  # fmt: skip
+    assert data["traffic"]["plan"]["load"] == 0.2
+    assert all(run["most_overtaken"] == 0 and run["answer_mean"] > 0 for run in data["traffic"]["runs"])
 
 
 @pytest.mark.parametrize(

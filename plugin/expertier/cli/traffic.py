@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 
 from rich.console import Console
 from rich.table import Table
@@ -152,7 +153,7 @@ def _check_load(text: str | None) -> float | None:
 
 
 def _print(record: TrafficRecord, out: Path) -> None:
-    console = Console(width=None if sys.stdout.isatty() else 150, highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else 170, highlight=False)
     load = record.plan["load"]
     asked = f"{record.plan['clients']} clients" if load is None else f"{100 * load:.0f} % load, Poisson"
     console.print(
@@ -160,8 +161,9 @@ def _print(record: TrafficRecord, out: Path) -> None:
         f"{record.timing_source}. Ratios: median (least to most) against {CONTROL}, same requests."
     )
     table = Table(box=None, pad_edge=False, header_style="dim")
-    names = ("batch", "arm", "loads/token", "read/token", "ratio", "decode steps", "throughput", "TTFT p50", "TTFT p99")
-    for name in (*names, "overtaken"):
+    names = ("batch", "arm", "loads/token", "read/token", "ratio", "decode steps", "throughput")
+    computed = all(run.processor_per_token is not None for run in record.runs)
+    for name in (*names, "TTFT p50", "TTFT p99", "answer", "overtaken", *(["CPU/token"] if computed else [])):
         table.add_column(name, justify="left" if name == "arm" else "right")
     for batch in record.batches():
         for index, arm in enumerate(record.arms()):
@@ -176,6 +178,7 @@ def _print(record: TrafficRecord, out: Path) -> None:
                 format_bytes(round(volume)),
                 *ratios,
                 str(max(run.most_overtaken for run in runs)),
+                *([f"{1e3 * median(run.processor_per_token or 0 for run in runs):.1f} ms"] if computed else []),
             )
     console.print(table)
     console.print(f"[dim]Record: {out / RECORD}   Figure: {out / FIGURE}[/]")

@@ -118,6 +118,7 @@ class Serving:
         self._before = server.stats()
         self._arrived: dict[int, float] = {}
         self._first = np.zeros(len(queue.asks))
+        self._answered = np.zeros(len(queue.asks))
         self._got = np.zeros(len(queue.asks), np.int64)
         self._over = 0
         self._seconds = 0.0
@@ -146,7 +147,9 @@ class Serving:
                     if tokens and not self._got[number]:
                         self._first[number] = now - self._arrived[number]
                     self._got[number] = tokens
-                    self._over += done
+                    if done:
+                        self._answered[number] = now - self._arrived[number]
+                        self._over += 1
             else:
                 time.sleep(max(0.0, min(self._arrivals.next_at, end) - now))
             self._seconds = time.perf_counter() - begin
@@ -169,6 +172,7 @@ class Serving:
             seconds=self._seconds,
             stalled=decode.stall_seconds + prefill.stall_seconds,
             first_token=self._first,
+            answered=self._answered,
             most_overtaken=self._server.admission.stats.most_overtaken,
             unique=decode.requests / max(1, decode.steps * self._layers),
             processor_seconds=self._processor,

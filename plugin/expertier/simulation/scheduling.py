@@ -89,12 +89,15 @@ class TrafficRun:
         Output, by the timing model.
     first_token_p50, first_token_p99 : float
         Seconds from arrival to the first token.
+    answer_mean, answer_p99 : float
+        Seconds from arrival to the last token.
     most_overtaken : int
         Later arrivals that ran before the same request.
     stalled : float
         Part of the time in which steps waited for loads.
     processor_per_token : float or None
-        Seconds of processor time per token of output; not known of a simulated server.
+        Seconds of processor time per token of output; not known of a simulated server. Unlike time that is not
+        `stalled` it hardly depends on who else wants the cores.
     """
 
     arm: str
@@ -107,6 +110,8 @@ class TrafficRun:
     tokens_per_second: float
     first_token_p50: float
     first_token_p99: float
+    answer_mean: float
+    answer_p99: float
     most_overtaken: int
     stalled: float
     processor_per_token: float | None = None
@@ -126,6 +131,8 @@ class TrafficRun:
             tokens_per_second=served.output_tokens / served.seconds,
             first_token_p50=float(p50),
             first_token_p99=float(p99),
+            answer_mean=float(served.answered.mean()),
+            answer_p99=float(np.percentile(served.answered, 99)),
             most_overtaken=served.most_overtaken,
             stalled=served.stalled / served.seconds,
             processor_per_token=(
@@ -140,6 +147,7 @@ RATIOS = (
     "tokens_per_second",
     "first_token_p50",
     "first_token_p99",
+    "answer_mean",
 )
 
 

@@ -36,6 +36,8 @@ class Served:
         Seconds of these in which steps waited for loads.
     first_token : ndarray of float64, shape (requests,)
         Seconds each request waited for its first token, in order of arrival.
+    answered : ndarray of float64, shape (requests,)
+        Seconds from its arrival to its last token.
     most_overtaken : int
         Later arrivals that ran before the same request.
     unique : float
@@ -55,6 +57,7 @@ class Served:
     seconds: float
     stalled: float
     first_token: NDArray[np.float64]
+    answered: NDArray[np.float64]
     most_overtaken: int
     unique: float
     processor_seconds: float | None = None
@@ -123,7 +126,7 @@ def serve(
     requests = traffic.requests
     arrivals = Arrivals(len(requests), seconds=traffic.seconds, clients=traffic.clients)
     arrived: dict[int, float] = {}
-    first = np.zeros(len(requests))
+    first, answered = np.zeros(len(requests)), np.zeros(len(requests))
     running: dict[int, _Active] = {}
     over = steps = decode_steps = decode_tokens = decode_loads = output = 0
     unique = 0
@@ -195,6 +198,7 @@ def serve(
                     active.answered = True
                 output += 1
                 if active.done == len(active.request.tokens):
+                    answered[active.number] = now - arrived[active.number]
                     del running[active.number]
                     admission.leave(active.number)
                     over += 1
@@ -214,6 +218,7 @@ def serve(
         seconds=now,
         stalled=stalled,
         first_token=first,
+        answered=answered,
         most_overtaken=admission.stats.most_overtaken,
         unique=unique / max(1, decode_steps * len(numbers)),
     )
