@@ -571,6 +571,16 @@ def test_closing_ends_what_runs_and_what_waits(load: Load) -> None:
         engine.submit(Request(prompt="abc"), told.append)
 
 
+def test_an_engine_whose_lent_model_was_closed_says_so(model: Path) -> None:
+    with closing(expertier(model, sizes(model).layer, n_ctx=1024, max_sequences=2)) as llm:
+        engine = BatchEngine.over(llm)
+        engine.start()
+        assert one(engine, "abc", max_tokens=2).finish_reason is not None
+    with pytest.raises(ManagerClosedError):
+        one(engine, "abc", max_tokens=2)
+    engine.close()
+
+
 def test_threads_share_an_engine_that_runs_in_its_own(load: Load) -> None:
     from concurrent.futures import ThreadPoolExecutor
 

@@ -407,7 +407,7 @@ class BatchEngine:
                     self._shut()
 
     def _check_open(self) -> None:
-        if self._closed:
+        if self._closed or self.llama._ctx.ctx is None:  # whoever lent the model may have closed that
             raise ManagerClosedError("The engine is closed.", "Load the model again.")
 
 
