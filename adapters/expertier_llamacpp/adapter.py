@@ -17,7 +17,7 @@ from expertier.catalog.types import Catalog
 from expertier.cli.engines import EngineSettings, Finding, Session, StockVariant, Workloads
 from expertier.comparison.schedulers import TrafficServer
 from expertier.config import OffloadOptions
-from expertier.errors import ExpertierError, UnsupportedEngineError, UnsupportedOptionError
+from expertier.errors import ExpertierError, RequestError, UnsupportedEngineError, UnsupportedOptionError
 from expertier.residency import pages
 from expertier.telemetry import Stats
 
@@ -60,6 +60,8 @@ class LlamaCppSession:
                 "This model has no chat template.", "Leave out --chat, or use a model tuned for chat."
             )
         used = len(llama.tokenize(prompt.encode(), special=chat))
+        if not (used or chat):
+            raise RequestError("The prompt is empty, and the model adds no token to begin with.", "Give some text.")
         if used >= llama.n_ctx():
             raise UnsupportedOptionError(
                 f"The prompt has {used} tokens, the context {llama.n_ctx()}.", "Raise --n-ctx."

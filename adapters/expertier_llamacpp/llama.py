@@ -121,6 +121,7 @@ class Llama(ExactRequests, llama_cpp.Llama):
         self._offload_arguments = own if sequences == 1 else {**own, "max_sequences": sequences}
         ggml.self_check()
         options = OffloadOptions.from_mapping({name[len(_KEYWORD) :]: value for name, value in own.items()})
+        options.check_trace()
         _refuse_options(kwargs, sequences)
         layouts = read_layout(model_path)
         self.catalog = build_catalog(layouts)

@@ -91,6 +91,7 @@ class VllmOptions:
             if name not in known:
                 raise _unknown(str(name), sorted(known))
         offload = OffloadOptions.from_mapping({name: given[name] for name in given if name in shared})
+        offload.check_trace()
         if offload.repack == "off":
             raise UnsupportedOptionError(
                 "repack='off' is not possible in vLLM: its kernels compute on rearranged weights only.",

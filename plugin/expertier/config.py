@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -15,8 +15,9 @@ from expertier.errors import ConfigFileError, UnsupportedOptionError
 ENV_PREFIX = "EXPERTIER_"
 
 
-def _option(default: Any, help_text: str, *, zero: bool = False) -> Any:
-    return field(default=default, metadata={"help": help_text, "zero": zero})  # other numbers are above zero
+def _option(default: Any, help_text: str, *, zero: bool = False, most: float = math.inf) -> Any:
+    # Numbers are above zero, but for those that may be.
+    return field(default=default, metadata={"help": help_text, "zero": zero, "most": most})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,7 @@ class OffloadOptions:
         "auto", "Kernels: 'on' = repacked weights as default llama.cpp (needs a sidecar file), 'off' = plain."
     )
     io_mode: Literal["auto", "direct", "buffered"] = _option("auto", "How experts are read from storage.")
-    io_threads: int = _option(2, "Reads in flight at a time.")
+    io_threads: int = _option(2, "Reads in flight at a time.", most=256)
     margin: str | int = _option("auto", "Memory budget 'auto' leaves free for the system.")
     governor: Literal["off", "on"] = _option(
         "off", "Give experts' memory back under memory pressure, and take it again slowly, instead of being killed."
@@ -83,6 +84,23 @@ class OffloadOptions:
         """The eviction policy of a run that no predictor tells anything."""
         return "lfu" if self.policy == "auto" else self.policy
 
+    def check_trace(self) -> None:
+        """Refuse what says how a trace is recorded where none is.
+
+        Raises
+        ------
+        UnsupportedOptionError
+            ``trace_tokens`` or ``trace_hidden`` was asked for without ``trace``.
+        """
+        if self.trace is None and (self.trace_tokens == "on" or self.trace_hidden is not None):
+            raise UnsupportedOptionError(
+                "trace_tokens and trace_hidden do nothing without trace.", "Name the file of the trace, too."
+            )
+
+    def untraced(self) -> OffloadOptions:
+        """The same options, but nothing is recorded."""
+        return replace(self, trace=None, trace_tokens="off", trace_hidden=None)
+
     @classmethod
     def from_mapping(cls, given: Mapping[str, Any] | None = None) -> OffloadOptions:
         """Combine explicit options, the environment, a file of options and the defaults, in that order of precedence.
@@ -95,8 +113,9 @@ class OffloadOptions:
         Raises
         ------
         UnsupportedOptionError
-            For an unknown name, a value outside an option's choices, or a number that is not above zero, from any
-            source; the message names the environment variable or the file where the value came from one.
+            For an unknown name, a value outside an option's choices, no text where text is needed, or a number that is
+            not above zero, from any source; the message names the environment variable or the file where the value came
+            from one.
         ConfigFileError
             The file that ``config`` names cannot be read.
         """
@@ -118,7 +137,7 @@ class OffloadOptions:
                 values[name] = value
                 origins[name] = name
         if "config" in values:
-            path = Path(values["config"])
+            path = Path(_text(origins["config"], values["config"], switch=False))
             for name, value in read_config(path).items():
                 if name not in known or name == "config":
                     raise ConfigFileError(
@@ -128,13 +147,13 @@ class OffloadOptions:
                     values[name] = value
                     origins[name] = f"{name} in {path}"
         hints = get_type_hints(cls)
-        zeros = {option.name for option in fields(cls) if option.metadata["zero"]}
+        bounds = {option.name: option.metadata for option in fields(cls)}
         return cls(
-            **{name: _convert(origins[name], value, hints[name], zero=name in zeros) for name, value in values.items()}
+            **{name: _convert(origins[name], value, hints[name], bounds[name]) for name, value in values.items()}
         )
 
 
-def _convert(name: str, value: Any, hint: Any, *, zero: bool) -> Any:
+def _convert(name: str, value: Any, hint: Any, bounds: Mapping[str, Any]) -> Any:
     if get_origin(hint) is Literal:
         if isinstance(value, bool):
             value = "on" if value else "off"
@@ -145,11 +164,21 @@ def _convert(name: str, value: Any, hint: Any, *, zero: bool) -> Any:
     accepted = get_args(hint) or (hint,)
     for kind in (int, float):
         if kind in accepted and str not in accepted:
-            return _number(name, value, kind, zero=zero)
-    return value
+            return _number(name, value, kind, zero=bounds["zero"], most=bounds["most"])
+    return value if {int, float} & set(accepted) else _text(name, value, switch=hint is str)
 
 
-def _number(name: str, value: Any, kind: type[int] | type[float], *, zero: bool) -> int | float:
+def _text(name: str, value: Any, *, switch: bool) -> str:
+    """A name or a path; `switch`: one that can be turned off."""
+    if value is False and switch:
+        return "off"
+    text = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if not isinstance(text, str) or not text:
+        raise UnsupportedOptionError(f"{name}={value!r} is neither a name nor a path.", "Write it as text.")
+    return text
+
+
+def _number(name: str, value: Any, kind: type[int] | type[float], *, zero: bool, most: float) -> int | float:
     try:
         number = kind(value)
     except (TypeError, ValueError, OverflowError) as error:
@@ -158,4 +187,6 @@ def _number(name: str, value: Any, kind: type[int] | type[float], *, zero: bool)
         raise UnsupportedOptionError(f"{name}={value!r} is not a whole number.")
     if not (math.isfinite(number) and (number > 0 or (zero and number == 0))):
         raise UnsupportedOptionError(f"{name}={value!r} is not above zero{', nor zero' if zero else ''}.")
+    if number > most:
+        raise UnsupportedOptionError(f"{name}={value!r} is too much.", f"Give at most {most}.")
     return number

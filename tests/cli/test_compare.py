@@ -56,6 +56,8 @@ def test_without_the_right_to_limit_memory_the_unlimited_arms_run_and_the_others
 
     # The report is made from the record alone.
     (out / "comparison.png").unlink()
+    refused = invoke("report", out, "--predictor", out)
+    assert refused.exit_code == 2 and "--predictor needs a trace" in refused.stderr
     text = invoke("report", out)
     assert text.exit_code == 0, text.output
     assert "bit-identical" in text.stdout and "Permission denied" in text.stdout

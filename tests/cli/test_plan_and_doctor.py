@@ -100,10 +100,11 @@ def test_an_impossible_budget_is_refused_by_name(tiny_model: TinyModel, budget: 
 
 
 def test_the_plan_command_measures_the_storage_and_says_that_there_is_no_profile(
-    invoke: Invoke, invoke_json: Callable[..., Any], tiny_model: TinyModel
+    invoke: Invoke, invoke_json: Callable[..., Any], tiny_model: TinyModel, tmp_path: Path
 ) -> None:
     model = tiny_model(TinySpec())
-    data = invoke_json("plan", model, "--budget", "50%")
+    data = invoke_json("plan", model, "--budget", "50%", "--out", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "plan.json").read_text()) == data
     assert data["model"]["fingerprint"] == read_gguf(model).fingerprint
     assert data["plan"]["disk"]["random"] > 0
     assert data["profile"] is None

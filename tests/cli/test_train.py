@@ -36,7 +36,7 @@ def trace(tmp_path: Path) -> Path:
 def test_training_writes_predictors_a_report_and_a_picture(invoke: Invoke, tmp_path: Path, trace: Path) -> None:
     other = lawful_trace(tmp_path / "other.trace", seed=5).path
     out = tmp_path / "out"
-    result = invoke("train", trace, "--test", other, "--out", out, "--report", "--epochs", "1", "--width", "16")
+    result = invoke("train", trace, "--test", other, "--out", out, "--epochs", "1", "--width", "16")
     assert result.exit_code == 0, result.output
     assert "blend, path, tokens, table" in result.stdout
     assert "kept back: " in result.stdout and "other: " in result.stdout
@@ -69,9 +69,9 @@ def test_domains_are_held_out_whole_and_reported_on(invoke: Invoke, tmp_path: Pa
 
 
 def test_the_same_as_json(invoke_json: Callable[..., Any], tmp_path: Path, trace: Path) -> None:
-    result = invoke_json("train", trace, "--out", tmp_path / "out", "--epochs", "1", "--width", "16")
+    result = invoke_json("train", trace, "--out", tmp_path / "out", "--report", "--epochs", "1", "--width", "16")
     assert result["predictors"] == ["blend", "path", "tokens", "table"]
-    assert result["scores"] == []
+    assert {score["text"] for score in result["scores"]} == {"kept back"}
     assert result["facts"]["tokens"] > 100
 
 
@@ -81,6 +81,7 @@ def test_a_trace_without_token_ids_gives_what_routes_alone_give(invoke: Invoke, 
     assert result.exit_code == 0, result.output
     assert "no token ids" in result.stderr
     assert load(tmp_path / "out").names == ("blend", "table")
+    assert not (tmp_path / "out" / "report.json").exists()
 
 
 def test_traces_that_cannot_be_learnt_from_are_refused(invoke: Invoke, tmp_path: Path, trace: Path) -> None:

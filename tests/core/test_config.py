@@ -77,6 +77,21 @@ def test_numbers_and_switches_are_converted() -> None:
     assert options.budget == 10**9
 
 
+def test_a_path_may_be_one_and_false_turns_off_what_can_be(tmp_path: Path) -> None:
+    options = OffloadOptions.from_mapping({"trace": tmp_path / "a", "predictor": False, "profile": False})
+    assert options.trace == str(tmp_path / "a")
+    assert (options.predictor, options.profile) == ("off", "off")
+
+
+@pytest.mark.parametrize("given", [{"trace_tokens": "on"}, {"trace_hidden": 4}])
+def test_what_says_how_a_trace_is_recorded_needs_a_trace(given: dict[str, Any]) -> None:
+    with pytest.raises(UnsupportedOptionError, match="do nothing without trace"):
+        OffloadOptions.from_mapping(given).check_trace()
+    traced = OffloadOptions.from_mapping({**given, "trace": "a file"})
+    traced.check_trace()
+    assert traced.untraced() == OffloadOptions()
+
+
 def test_every_option_has_a_help_text() -> None:
     assert all(option.metadata["help"].endswith(".") for option in fields(OffloadOptions))
 
@@ -116,6 +131,12 @@ def test_an_unknown_option_is_refused_with_the_names_that_exist() -> None:
         ({"virtual_bias": -0.1}, "virtual_bias=-0.1 is not above zero, nor zero."),
         ({"virtual_bias": "inf"}, "virtual_bias='inf' is not above zero, nor zero."),
         ({"virtual_protect": 0}, "virtual_protect=0 is not above zero."),
+        ({"io_threads": 100_000}, "io_threads=100000 is too much. Give at most 256."),
+        ({"predictor": True}, "predictor=True is neither a name nor a path."),
+        ({"profile": 5}, "profile=5 is neither a name nor a path."),
+        ({"trace": ""}, "trace='' is neither a name nor a path."),
+        ({"sidecar_dir": False}, "sidecar_dir=False is neither a name nor a path."),
+        ({"config": 5}, "config=5 is neither a name nor a path."),
     ],
 )
 def test_a_value_that_makes_no_sense_is_refused(given: dict[str, Any], message: str) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from expertier.cli.options import offload_flags, refuse_beside, refuse_without, reported
 from expertier.config import OffloadOptions
+from expertier.errors import UnsupportedOptionError
 
 app = typer.Typer(
     name="expertier",
@@ -212,8 +213,14 @@ def compare(
     domains: Annotated[
         int | None, typer.Option("--domains", min=1, help="Kinds of text in one round (--scheduler).")
     ] = None,
-    prompt: Annotated[str, typer.Option("--prompt", help="Tokens of a prompt, least:most (--scheduler).")] = "32:128",
-    output: Annotated[str, typer.Option("--output", help="Tokens of an answer, least:most (--scheduler).")] = "64:192",
+    prompt: Annotated[
+        str | None,
+        typer.Option("--prompt", help="Tokens of a prompt, least:most (--scheduler). \\[default: 32:128]"),
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option("--output", help="Tokens of an answer, least:most (--scheduler). \\[default: 64:192]"),
+    ] = None,
     load: Annotated[
         str | None, typer.Option("--load", help="Poisson arrivals at this part of what fcfs serves (--scheduler).")
     ] = None,
@@ -238,8 +245,13 @@ def compare(
     ] = None,
     n_ubatch: Ubatch = 512,
     threads: Threads = None,
-    wait_policy: Annotated[str, typer.Option("--wait-policy", help="OMP_WAIT_POLICY of all arms.")] = "passive",
-    timeout: Annotated[float, typer.Option("--timeout", min=1, help="Longest run in seconds.")] = 900.0,
+    wait_policy: Annotated[
+        Literal["passive", "active"] | None,
+        typer.Option("--wait-policy", help="OMP_WAIT_POLICY of all arms. \\[default: passive]"),
+    ] = None,
+    timeout: Annotated[
+        float | None, typer.Option("--timeout", min=1, help="Longest run in seconds. \\[default: 900]")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure the stock engine and Expertier side by side under the same memory limits."""
@@ -252,7 +264,20 @@ def compare(
         from expertier.cli.schedulers import SchedulersRequest, compare_schedulers
         from expertier.simulation.scheduling import TrafficPlan
 
-        refuse_beside("--scheduler", limit=limit, variant=variant, arms=arms, ablate=ablate or None, tokens=tokens)
+        refuse_beside(
+            "--scheduler",
+            limit=limit,
+            variant=variant,
+            arms=arms,
+            ablate=ablate or None,
+            tokens=tokens,
+            quality_budget=quality_budget,
+            readahead=readahead,
+            wait_policy=wait_policy,
+            timeout=timeout,
+        )
+        if requests and len(requests) > 1:
+            raise UnsupportedOptionError("--scheduler takes --requests once.", "Leave the others out.")
         queued = max(requests or (64,))
         compare_schedulers(
             SchedulersRequest(
@@ -268,8 +293,8 @@ def compare(
                     earlier=32 if earlier is None else earlier,
                     budget=0,
                 ),
-                prompt=prompt,
-                output=output,
+                prompt=prompt or "32:128",
+                output=output or "64:192",
                 load=load,
                 log=log,
                 rounds=repeats or (1 if quick else 3),
@@ -286,6 +311,8 @@ def compare(
         "--scheduler",
         batch=batch,
         domains=domains,
+        prompt=prompt,
+        output=output,
         load=load,
         log=log,
         earlier=earlier,
@@ -307,8 +334,8 @@ def compare(
             readaheads=tuple(dict.fromkeys(readahead or (USUAL_READAHEAD_KB,))),
             n_ubatch=n_ubatch,
             threads=threads or cores(),
-            wait_policy=wait_policy,
-            timeout=timeout,
+            wait_policy=wait_policy or "passive",
+            timeout=timeout or 900.0,
             ablate=ablate,
             as_json=as_json,
             quality_budgets=tuple(quality_budget or ()),
@@ -339,11 +366,16 @@ def profile(
             help="Engine, by the name of its adapter; or 'transformers': whole texts at once, without a budget.",
         ),
     ] = "llamacpp",
-    tokens: Annotated[int, typer.Option("--tokens", min=2, help="Most tokens to read.")] = 20_000,
+    tokens: Annotated[
+        int | None, typer.Option("--tokens", min=2, help="Most tokens to read. \\[default: 20000]")
+    ] = None,
     per_text: Annotated[int, typer.Option("--tokens-per-text", min=2, help="Most tokens of one text.")] = 256,
     prompt: Annotated[
-        int, typer.Option("--prompt", min=1, help="Tokens of each text that are read in one step, as a prompt.")
-    ] = 1,
+        int | None,
+        typer.Option(
+            "--prompt", min=1, help="Tokens of each text that are read in one step, as a prompt. \\[default: 1]"
+        ),
+    ] = None,
     quality: Annotated[
         bool,
         typer.Option("--quality", help="Measure what virtual experts cost instead: the model's quality profile."),
@@ -352,8 +384,12 @@ def profile(
         list[str] | None,
         typer.Option("--at", help="With --quality: a memory budget to measure at, e.g. 25%. Repeat it for several."),
     ] = None,
-    count: Annotated[int, typer.Option("--texts", min=1, help="With --quality: most texts to read.")] = 24,
-    points: Annotated[int, typer.Option("--points", min=1, help="With --quality: biases per memory budget.")] = 5,
+    count: Annotated[
+        int | None, typer.Option("--texts", min=1, help="With --quality: most texts to read. \\[default: 24]")
+    ] = None,
+    points: Annotated[
+        int | None, typer.Option("--points", min=1, help="With --quality: biases per memory budget. \\[default: 5]")
+    ] = None,
     hard: Annotated[bool, typer.Option("--hard", help="With --quality: measure hard mode, too.")] = False,
     threads: Threads = None,
     as_json: AsJson = False,
@@ -362,11 +398,13 @@ def profile(
     from expertier.cli.engines import EngineSettings
     from expertier.cli.profile import ProfileRequest
     from expertier.cli.profile import profile as command
+    from expertier.cli.profile_checkpoint import ENGINE as CHECKPOINT
     from expertier.cli.quality import QualityRequest, profile_quality
     from expertier.comparison.hardware import cores
 
     settings = EngineSettings(threads=threads or cores())
     if quality:
+        refuse_beside("--quality", tokens=tokens, prompt=prompt)
         profile_quality(
             QualityRequest(
                 model=model,
@@ -375,15 +413,18 @@ def profile(
                 out=out,
                 engine=engine,
                 levels=tuple(at or ()),
-                count=count,
+                count=count or 24,
                 per_text=per_text,
-                points=points,
+                points=points or 5,
                 hard=hard,
                 settings=settings,
                 as_json=as_json,
             )
         )
         return
+    refuse_without("--quality", at=at, texts=count, points=points, hard=hard or None)
+    if engine == CHECKPOINT:
+        refuse_beside(f"--engine {CHECKPOINT}", prompt=prompt)  # whole texts at once
     command(
         ProfileRequest(
             model=model,
@@ -391,9 +432,9 @@ def profile(
             texts=tuple(text or ()),
             out=out,
             engine=engine,
-            tokens=tokens,
+            tokens=tokens or 20_000,
             per_text=per_text,
-            prompt=prompt,
+            prompt=prompt or 1,
             settings=settings,
             as_json=as_json,
         )
@@ -622,6 +663,8 @@ def report(
     from expertier.cli.compare import report as command
 
     if path.is_dir() or not path.exists() or path.name == RECORD:
+        if path.exists():
+            refuse_without("a trace", out=out, predictor=predictor, partial=partial or None)
         command(path.parent if path.name == RECORD else path, as_json=as_json)
     else:
         from expertier.cli.report_trace import report_trace

@@ -63,7 +63,7 @@ def calibrate_engine(
         written = f"{100 * share:g}%" if budget > catalog.smallest_budget() else budget
         kept = None if trace is None else str(trace)
         # Nothing is to be learned from text that nobody serves.
-        chosen = replace(options, budget=written, trace=kept, profile="off")
+        chosen = replace(options.untraced(), budget=written, trace=kept, profile="off")
         return closing(_reader(adapter, model, chosen, settings))
 
     left = memory_left().left - catalog.other_bytes

@@ -203,9 +203,11 @@ def _check_quality(request: CompareRequest, catalog: Catalog) -> None:
 
 def _variants(texts: Sequence[str], options: OffloadOptions) -> dict[str, dict[str, object]]:
     """Options of every variant, checked and converted now rather than in the middle of a comparison."""
-    parsed = {}
+    parsed: dict[str, dict[str, object]] = {}
     for text in texts:
         name, changes = parse_variant(text)
+        if name in parsed:
+            raise UnsupportedOptionError(f"There are two variants called {name!r}.", "Give each a name of its own.")
         if changes.keys() & {"scheduler", "scheduling"}:
             raise UnsupportedOptionError(
                 f"The variant {name!r} names a scheduler, but nobody waits in these arms.",

@@ -23,7 +23,7 @@ from expertier.cli.profile import trace_path
 from expertier.cli.simulate import USUAL_LATENCY, recorded_timing, replay_progress
 from expertier.config import OffloadOptions
 from expertier.config_file import write_config
-from expertier.errors import RoutingDemandError
+from expertier.errors import RoutingDemandError, UnsupportedOptionError
 from expertier.paths import cache_dir
 from expertier.planning.calibrate import measure_disk
 from expertier.planning.demand import RoutingDemand, read_demand
@@ -69,6 +69,12 @@ def plan(request: PlanRequest) -> None:
     result = make_plan(catalog, options.budget, limits=limits, margin=options.margin, n_ubatch=n_ubatch)
     quality = plan_quality(options, catalog)
     routes = find_routes(catalog, request.routes)
+    if request.calibrate and routes is None:
+        raise UnsupportedOptionError(
+            f"No routes of {catalog.path.name} were recorded, and the engine's speed is of use only with them.",
+            "Record some: expertier profile MODEL --text FILE. Or leave out --calibrate.",
+        )
+    out = None if routes is None and request.out is None else prepare_folder(request.out, "plans", RECORD)
     if request.measure:
         with Status("measuring the storage", console=Console(stderr=True)):
             disk = measure_disk(
@@ -78,8 +84,8 @@ def plan(request: PlanRequest) -> None:
                 mode=options.io_mode,
             )
         result = make_plan(catalog, options.budget, limits=limits, disk=disk, margin=options.margin, n_ubatch=n_ubatch)
-    found, speed, out = None, None, None
-    if routes is not None:
+    found, speed = None, None
+    if routes is not None and out is not None:
         profile = load_routes(routes, catalog)
         speed = _speed(request, catalog, routes)
         found = trade_off(
@@ -91,7 +97,6 @@ def plan(request: PlanRequest) -> None:
             quality=quality,
             most_rise=0.0 if quality is None else quality.budget.value,
         )
-        out = prepare_folder(request.out, "plans", RECORD)
         draw_trade_off(found, catalog.path.stem, out / FIGURE)
     record = {
         "model": _model(catalog),
@@ -222,7 +227,8 @@ def _print(catalog: Catalog, plan: Plan, found: TradeOff | None, out: Path | Non
     console.print(table)
     if found is not None:
         _print_trade_off(console, found)
-        console.print(f"[dim]Record: {out}/{RECORD}   Figure: {out}/{FIGURE}[/]")
+    if out is not None:
+        console.print(f"[dim]Record: {out}/{RECORD}" + (f"   Figure: {out}/{FIGURE}[/]" if found else "[/]"))
 
 
 def _print_trade_off(console: Console, found: TradeOff) -> None:

@@ -110,7 +110,7 @@ def _budgets(request: QualityRequest, catalog: Catalog) -> list[int]:
 @contextmanager
 def _session(adapter: Adapter, request: QualityRequest, budget: int, *, hard: bool = False) -> Iterator[Adjustable]:
     virtual: dict[str, Any] = {"virtual_hard": "on"} if hard else {"virtual_bias": 0.0, "virtual_hard": "off"}
-    options = replace(request.options, budget=budget, trace=None, quality_budget=None, **virtual)
+    options = replace(request.options.untraced(), budget=budget, quality_budget=None, **virtual)
     settings = replace(request.settings, n_ctx=request.settings.n_ctx or request.per_text)
     session = adapter.open(request.model, options, settings)
     try:

@@ -92,7 +92,7 @@ def train_command(request: TrainRequest) -> None:
             raise UnsupportedEngineError(
                 "Training needs torch, which is not installed.", "Install Expertier with its extra: expertier[train]."
             ) from error
-        if request.report or request.hold_out:
+        if request.report or tests:
             texts = [(KEPT_BACK, kept_back), *tests]
             scores = report(trained, texts, most_tokens=request.report_tokens, lookahead=lookahead, progress=tell)
     if scores:

@@ -66,9 +66,8 @@ def parse_limit(text: str, file_bytes: int) -> Limit:
     try:
         amount = parse_budget(text, file_bytes)
     except BudgetError as error:
-        raise BudgetError(
-            error.problem.replace("budget", "limit"), "Write e.g. 33% (of the model), 4GiB or none."
-        ) from error
+        problem = error.problem.replace("budget", "limit").replace("all experts", "the whole model")
+        raise BudgetError(problem, "Write e.g. 33% (of the model), 4GiB or none.") from error
     if amount is None:
         raise BudgetError("A limit cannot be 'auto'.", "Write e.g. 33% (of the model), 4GiB or none.")
     return Limit(text=text.strip(), limit_bytes=amount)
