@@ -41,7 +41,7 @@ from llama_cpp.server.model import LlamaProxy
 from llama_cpp.server.settings import ModelSettings, ServerSettings
 
 from expertier.config import OffloadOptions
-from expertier.errors import ExpertierError, UnsupportedOptionError
+from expertier.errors import ConfigFileError, ExpertierError, UnsupportedOptionError
 from expertier.quality.serving import describe_losses
 from expertier.scheduling import BATCHERS, CONTROL, Fairness, make_batcher
 from expertier.scheduling.fairness import PREFIX as FAIRNESS
@@ -213,6 +213,10 @@ def _serves_together(models: Sequence[ModelSettings]) -> Any:
                     "computes one after the other.",
                     "Add --max-sequences 8, or leave --scheduling out.",
                 )
+            for name in _fairness_fields():
+                if getattr(model, name, None) is not None:
+                    problem = f"{name} does nothing without max_sequences."
+                    raise UnsupportedOptionError(problem, "Add --max-sequences 8.")
         return None
     model = wanted[0]
     impossible = {
@@ -285,11 +289,20 @@ def _resize(request: Request, asked: _Budget) -> Any:
 
 
 def _read_config(path: Path) -> OffloadConfigFile:
-    text = path.read_text()
-    if path.suffix in (".yaml", ".yml"):
-        import yaml  # type: ignore[import-untyped]
+    remedy = "See --config_file in the documentation of llama-cpp-python's server."
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix in (".yaml", ".yml"):
+            import yaml  # type: ignore[import-untyped]
 
-        text = json.dumps(yaml.safe_load(text))
+            try:
+                text = json.dumps(yaml.safe_load(text))
+            except (yaml.YAMLError, TypeError) as error:
+                raise ConfigFileError(f"{path} is not YAML that JSON could say: {error}.", remedy) from error
+    except OSError as error:
+        raise ConfigFileError(f"The configuration file {path} cannot be read: {error.strerror}.", remedy) from error
+    except UnicodeDecodeError as error:
+        raise ConfigFileError(f"The configuration file {path} is not text: {error}.", remedy) from error
     return OffloadConfigFile.model_validate_json(text)
 
 
@@ -324,11 +337,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         server, models = _settings(arguments)
         if not models:
-            raise ValueError("no model was named")
+            raise UnsupportedOptionError("No model was named.", "Give --model, or models in the --config_file.")
         app = create_app(server, models)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
-        _refuse(f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
+        _refuse(": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"]))))
     except (ExpertierError, OSError, ValueError, RuntimeError) as error:
         _refuse(str(error))
     try:

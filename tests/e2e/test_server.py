@@ -337,6 +337,31 @@ def test_what_cannot_be_served_ends_in_one_line_and_exit_status_2(
     assert words in _refusal(*arguments(model, tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("bad.yaml", "models: [a: b: c", "bad.yaml is not YAML"),
+        ("binary.json", "\udcff", "binary.json is not text"),
+        ("cut.json", '{"models": [', "Invalid JSON"),
+        ("empty.json", '{"models": []}', "Give --model"),
+        ("alone.json", '{"models": [{"model": "m", "scheduling": "similarity"}]}', "--max-sequences"),
+        ("fair.json", '{"models": [{"model": "m", "fairness_steps": 8}]}', "--max-sequences"),
+    ],
+)
+def test_a_configuration_that_cannot_be_served_is_refused_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, text: str, words: str
+) -> None:
+    from expertier_llamacpp.server import main
+
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8", errors="surrogateescape")
+    with pytest.raises(SystemExit) as ended:
+        main(["--config_file", str(path)])
+    assert ended.value.code == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert words in line
+
+
 def test_every_option_of_the_one_table_is_a_flag_and_in_the_environment(model: Path) -> None:
     from dataclasses import fields
 
