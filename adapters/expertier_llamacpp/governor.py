@@ -8,6 +8,7 @@ and after it gives the pages of the compute buffer back to the system and the ro
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 
 from expertier.budget import format_bytes
@@ -101,6 +102,7 @@ class BudgetGovernor:
         self._tokens = self._resting  # the longest step since memory was last given back
         self._worked = 1  # the longest step ever
         self._most = largest  # what others allow: see cap()
+        self._deciding = threading.Lock()  # or a step that ends meanwhile would undo what cap() has just done
         self._total = self._measure()
         self._apply(self._resting)
 
@@ -130,14 +132,16 @@ class BudgetGovernor:
         BudgetError
             The running step may need more, or one token does; nothing is changed.
         """
-        self._manager.resize(min(most, self._fits))
-        self._most = most
+        with self._deciding:
+            self._manager.resize(min(most, self._fits))
+            self._most = most
 
     def before(self, tokens: int) -> None:
         """Make room for a step of `tokens` tokens."""
         tokens = min(tokens, self._step.n_ubatch)
         if tokens > self._tokens:
-            self._apply(tokens)
+            with self._deciding:  # no lease is held here, so whoever waits for one inside is not waiting for us
+                self._apply(tokens)
             self._tokens = tokens
 
     def after(self, compute_node: int) -> None:
@@ -153,9 +157,10 @@ class BudgetGovernor:
         release_compute_buffer(compute_node)
         self._worked = max(self._worked, self._tokens)
         self._tokens = self._resting
-        # Others may have taken memory meanwhile: shrink as far as possible, the finished step stays good.
-        self._total = max(self._measure(), self._smallest + self._step.compute(self._resting))
-        self._apply(self._resting)
+        with self._deciding:
+            # Others may have taken memory meanwhile: shrink as far as possible, the finished step stays good.
+            self._total = max(self._measure(), self._smallest + self._step.compute(self._resting))
+            self._apply(self._resting)
 
 
 def release_compute_buffer(node: int) -> None:

@@ -12,12 +12,14 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
 
 from expertier.errors import BudgetError
+from expertier_llamacpp.governor import BudgetGovernor, StepMemory
 from llamacpp.engines import PROMPT, closing, expertier, settings, sizes, stock_twin
 from support.tiny_gguf import TinySpec, write_tiny
 
@@ -84,6 +86,29 @@ def test_budget_auto_can_be_capped_and_freed_again(model: Path) -> None:
         answers(ours, 1)
         assert ours.offload.budget == sizes(model).total // 2
         assert ours.resize("auto") == before
+
+
+def test_a_step_that_begins_while_the_budget_is_capped_does_not_undo_it() -> None:
+    class Manager:
+        budget = 1000
+        meanwhile: threading.Thread | None = None
+
+        def stats(self) -> SimpleNamespace:
+            return SimpleNamespace(resident_bytes=0)
+
+        def resize(self, budget: int) -> None:
+            self.budget = budget
+            if self.meanwhile is None:
+                self.meanwhile = threading.Thread(target=governor.before, args=(100,))
+                self.meanwhile.start()
+                self.meanwhile.join(0.2)
+
+    manager: Any = Manager()
+    step = StepMemory(compute_per_token=1.0, work_per_token=0.0, n_ubatch=512)
+    governor = BudgetGovernor(manager, step, margin=0, smallest=1, largest=1000)
+    governor.cap(400)
+    manager.meanwhile.join()
+    assert manager.budget == 400
 
 
 @pytest.mark.parametrize("enabled", [True, False])
