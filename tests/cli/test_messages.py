@@ -135,6 +135,33 @@ def test_a_flag_that_makes_no_sense_is_refused_by_name(
     assert "Traceback" not in result.output
 
 
+@pytest.mark.parametrize(
+    ("flags", "code"),
+    [
+        (["--predictor"], 2),
+        (["--quality-budget", "1%", "--sidecar-dir"], 2),
+        (["--sidecar-dir"], 0),  # this model needs no sidecar
+        (["--profile"], 0),  # a run this short writes none
+    ],
+)
+def test_a_path_that_the_system_refuses_to_look_at_causes_no_traceback(
+    invoke: Invoke, tiny_model: TinyModel, tmp_path: Path, flags: list[str], code: int
+) -> None:
+    path = tmp_path / ("x" * 300)  # root may look into any folder, but not at a name of such a length
+    result = invoke("run", tiny_model(TinySpec()), "-p", "x", "-n", 1, *flags, path)
+    assert result.exit_code == code, result.output
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("command", ["run", "report", "plan", "simulate"])
+def test_a_model_or_record_that_the_system_refuses_to_look_at_is_refused(
+    invoke: Invoke, tmp_path: Path, command: str
+) -> None:
+    result = invoke(command, tmp_path / ("x" * 300), stdin="x")
+    assert result.exit_code == 2, result.output
+    assert "Traceback" not in result.output
+
+
 def test_an_option_from_the_environment_is_checked_like_a_flag(
     invoke: Invoke, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

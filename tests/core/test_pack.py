@@ -387,7 +387,8 @@ def test_the_next_directory_is_used_when_the_first_cannot_be_written_to(
         return open_file(path, flags, *rest)
 
     monkeypatch.setattr(os, "open", guarded)
-    assert find([first, file, second]).path == second / NAME
+    nowhere = tmp_path / ("x" * 300)  # the system refuses even to look
+    assert find([first, file, nowhere, second]).path == second / NAME
     assert names(first) == []
     assert names(second) == [NAME]
 

@@ -426,7 +426,7 @@ def find_or_build(
     """
     for directory in directories:
         path = directory / name
-        if path.exists():
+        if os.path.exists(path):  # a Path's own method raises where a folder may not be looked into
             try:
                 return read_pack(path, key)
             except SidecarError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -662,8 +663,9 @@ def report(
     from expertier.cli.compare import RECORD
     from expertier.cli.compare import report as command
 
-    if path.is_dir() or not path.exists() or path.name == RECORD:
-        if path.exists():
+    known = os.path.exists(path)  # a Path's own method raises where a folder may not be looked into
+    if os.path.isdir(path) or not known or path.name == RECORD:
+        if known:
             refuse_without("a trace", out=out, predictor=predictor, partial=partial or None)
         command(path.parent if path.name == RECORD else path, as_json=as_json)
     else:

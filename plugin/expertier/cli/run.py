@@ -40,8 +40,8 @@ def run(
     # Compute threads that wait for an expert must not spin on the cores that the reading threads need.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     adapter = get_adapter(engine)
-    if not model.exists():
-        raise ModelNotFoundError(f"There is no file {model}.", "Check the path.")
+    if not os.path.exists(model):  # a Path's own method raises where a folder may not be looked into
+        raise ModelNotFoundError(f"There is no file {model} that could be read.", "Check the path and its permissions.")
     text = _prompt(prompt, prompt_file)
     started = time.perf_counter()
     session = adapter.open(model, options, settings)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -174,7 +175,7 @@ def find_profile(catalog: Catalog, sidecar_dir: str | None, *, policy: str | Non
         There is none, or it cannot be used; the message names the command that makes one.
     """
     for path in profile_paths(catalog, sidecar_dir):
-        if path.is_file():
+        if os.path.isfile(path):  # a Path's own method raises where a folder may not be looked into
             return read_profile(path, catalog, policy=policy)
     raise QualityProfileError(
         f"A percentage of perplexity needs a quality profile, and there is none for {catalog.path.name}.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final, Literal
@@ -47,7 +48,7 @@ def open_predictor(
     """
     if option == "off":
         return None
-    if option == "auto" and not any(any(place.glob(f"{_FOLDER}*/{MANIFEST}")) for place in directories):
+    if option == "auto" and not any(map(_has_any, directories)):
         return None
     weights = read_routers(catalog) if routers is None else routers()
     model = RoutedModel.of_catalog(catalog, routers_digest(weights, tuple(catalog.by_layer)))
@@ -55,7 +56,7 @@ def open_predictor(
         name = NAMES[0] if option == "auto" else option
         for directory in directories:
             folder = directory / predictor_folder(model)
-            if (folder / MANIFEST).is_file():
+            if os.path.isfile(folder / MANIFEST):
                 try:
                     return load_predictor(folder, model, name)
                 except PredictorError as error:
@@ -70,9 +71,17 @@ def open_predictor(
             "Train one with `expertier train`, or choose 'auto' or 'off'.",
         )
     path = Path(option).expanduser()
-    if not (path / MANIFEST).is_file() and (path.parent / MANIFEST).is_file():
+    # A Path's own method raises where a folder may not be looked into.
+    if not os.path.isfile(path / MANIFEST) and os.path.isfile(path.parent / MANIFEST):
         return load_predictor(path.parent, model, path.name)
     return load_predictor(path, model)
+
+
+def _has_any(place: Path) -> bool:
+    try:
+        return any(place.glob(f"{_FOLDER}*/{MANIFEST}"))
+    except OSError:  # nobody may look into it
+        return False
 
 
 def predictor_folder(model: RoutedModel) -> str:

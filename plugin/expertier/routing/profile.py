@@ -225,7 +225,8 @@ class ProfileKeeper:
             self._places = [folder / profile_name(catalog) for folder in directories] if option == "auto" else []
         self._ahead: AheadLearner | None = None
         self.found: RoutingProfile | None = None
-        present = [place for place in self._places if place.exists()]
+        # A Path's own method raises where a folder may not be looked into.
+        present = [place for place in self._places if os.path.exists(place)]
         if present:
             self.found = self._read(present[0])
         if self.found is not None:
