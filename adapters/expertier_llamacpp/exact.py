@@ -51,6 +51,12 @@ class ExactRequests(llama_cpp.Llama):
         with self.virtual.exactly():
             super().eval(tokens)
 
+    def load_state(self, state: llama_cpp.LlamaState) -> None:
+        """As the stock method. Nobody knows how the tokens in it were computed, so no exact answer begins with them."""
+        super().load_state(state)
+        if self.virtual is not None:
+            self.virtual.stood_in = True
+
     def _answer(self, stock: Callable[..., Any], exact: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.virtual is None or not (exact or _asked.get()):
             return stock(*args, **kwargs)

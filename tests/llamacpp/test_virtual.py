@@ -277,6 +277,22 @@ def test_a_request_that_asks_for_exactness_gets_the_stock_engine_s_answer_among_
         assert text(llm(again, stream=stream, expert_exact=True, **ASKED)) == continued
 
 
+def test_an_exact_answer_does_not_begin_with_a_state_that_was_computed_with_stand_ins(tiny_model: TinyModel) -> None:
+    path = tiny_model(spec())
+    with closing(expertier(path, tight(path), expert_virtual_bias=1.0, expert_virtual_prefill="on")) as llm:
+
+        def exactly() -> Any:
+            return llm(TEXT, expert_exact=True, **ASKED)["choices"][0]["text"]
+
+        expected = exactly()
+        llm.reset()
+        assert llm(TEXT, **ASKED)["choices"][0]["text"] != expected
+        state = llm.save_state()
+        assert exactly() == expected
+        llm.load_state(state)
+        assert exactly() == expected
+
+
 def test_streams_of_exact_and_other_requests_do_not_mix(tiny_model: TinyModel) -> None:
     path = tiny_model(spec())
     with closing(expertier(path, tight(path), **LOSSY)) as llm:
