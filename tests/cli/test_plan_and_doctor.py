@@ -19,6 +19,7 @@ from expertier.cli.engines import find_adapters, get_adapter
 from expertier.config import OffloadOptions
 from expertier.errors import BudgetError, ExpertLoadError, ModelFormatError, UnsupportedEngineError
 from expertier.planning.calibrate import DiskSpeed, measure_disk
+from expertier.planning.demand import read_demand
 from expertier.planning.memory import MemoryLimit
 from expertier.planning.plan import make_plan
 from expertier.storage import PAGE
@@ -137,6 +138,10 @@ def test_with_recorded_routes_a_plan_tells_what_every_budget_gives_and_writes_it
     again = invoke(*common)
     assert again.exit_code == 0, again.output
     assert "asked for" in again.stdout and "tok/s" in again.stdout  # speeds were kept
+    invoke_json(*common, "--policy", "lru")
+    assert read_demand(tmp_path / "trace.lru.demand.json").policy == "lru"
+    mixed = invoke(*common, "--policy", "lru", "--routes", tmp_path / "trace.demand.json")
+    assert mixed.exit_code == 2 and "under the policy lfu, not lru" in " ".join(mixed.stderr.split())
     other = tiny_model(TinySpec(layers=2, experts=8, top_k=2))
     refused = invoke("plan", other, "--routes", trace, "--no-disk")
     assert refused.exit_code == 2

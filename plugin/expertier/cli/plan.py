@@ -35,6 +35,7 @@ from expertier.quality.planning import plan_quality
 from expertier.routing import read_trace
 from expertier.simulation import load_events
 from expertier.simulation.demand import summarise
+from expertier.simulation.replay import policy_name
 
 RECORD = "plan.json"
 FIGURE = "plan.png"
@@ -86,7 +87,7 @@ def plan(request: PlanRequest) -> None:
         result = make_plan(catalog, options.budget, limits=limits, disk=disk, margin=options.margin, n_ubatch=n_ubatch)
     found, speed = None, None
     if routes is not None and out is not None:
-        profile = load_routes(routes, catalog)
+        profile = load_routes(routes, catalog, policy=options.plain_policy, half_life=options.half_life)
         speed = _speed(request, catalog, routes)
         found = trade_off(
             profile,
@@ -122,28 +123,36 @@ def find_routes(catalog: Catalog, given: Path | None) -> Path | None:
     return usual if usual.exists() else None
 
 
-def load_routes(path: Path, catalog: Catalog) -> RoutingDemand:
-    """Read a summary of routes, or make it from a trace and keep it beside that.
+def load_routes(path: Path, catalog: Catalog, *, policy: str = "lfu", half_life: float | None = None) -> RoutingDemand:
+    """Read a summary of routes under an eviction policy, or make it from a trace and keep it beside that.
 
     Raises
     ------
     RoutingDemandError, TraceError
-        The file is neither, or of another model.
+        The file is neither, or of another model or policy.
     """
+    name = policy_name(policy, half_life)
     if path.suffix == ".json":
         given = read_demand(path)
         given.require_model(catalog.fingerprint, catalog.path.name)
+        if given.policy != name:
+            raise RoutingDemandError(
+                f"{path} says what routes ask for under the policy {given.policy}, not {name}.",
+                "Name the trace itself with --routes.",
+            )
         return given
     trace = read_trace(path)
     trace.require_model(catalog.fingerprint, catalog.path.name)
-    kept = path.with_name(path.name + ".demand.json")
+    kept = path.with_name(f"{path.name}{'' if name == 'lfu' else f'.{name}'}.demand.json")
     with suppress(RoutingDemandError, OSError):
         if kept.stat().st_mtime >= path.stat().st_mtime:
             known = read_demand(kept)
             known.require_model(catalog.fingerprint, catalog.path.name)
             return known
     with replay_progress(1) as progress:
-        found = summarise(load_events(trace, most_tokens=_MOST_TOKENS), seen=progress)
+        found = summarise(
+            load_events(trace, most_tokens=_MOST_TOKENS), policy=policy, half_life=half_life, seen=progress
+        )
     with suppress(OSError):  # a folder that cannot be written to costs the replays again
         found.write(kept)
     return found

@@ -10,13 +10,19 @@ from numpy.typing import NDArray
 from expertier.planning.demand import BudgetPoint, LayerDemand, RoutingDemand
 from expertier.residency.lfu import DEFAULT_HALF_LIFE
 from expertier.simulation.events import Events
-from expertier.simulation.replay import replay
+from expertier.simulation.replay import policy_name, replay
 
 SHARES = (0.0625, 0.125, 0.1875, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
 _WARM_UP = 0.1  # of the steps: loads into an empty pool say nothing about serving
 
 
-def summarise(events: Events, *, policy: str = "lfu", seen: Callable[[float], None] | None = None) -> RoutingDemand:
+def summarise(
+    events: Events,
+    *,
+    policy: str = "lfu",
+    half_life: float | None = None,
+    seen: Callable[[float], None] | None = None,
+) -> RoutingDemand:
     """Replay a trace under budgets from the smallest possible to nearly all experts.
 
     Parameters
@@ -25,6 +31,8 @@ def summarise(events: Events, *, policy: str = "lfu", seen: Callable[[float], No
         The trace.
     policy : str
         A key of :data:`expertier.residency.POLICIES`.
+    half_life : float, optional
+        As in :class:`expertier.manager.ManagerConfig`.
     seen : callable, optional
         Told the share of the work that is done, now and then.
     """
@@ -41,7 +49,7 @@ def summarise(events: Events, *, policy: str = "lfu", seen: Callable[[float], No
             if seen is not None:
                 seen((done + step / len(events.phase)) / len(budgets))
 
-        found = replay(events, policy, budget, seen=step_seen)
+        found = replay(events, policy, budget, half_life=half_life, seen=step_seen)
         misses = int(found.misses[counted].sum())
         points.append(
             BudgetPoint(
@@ -55,7 +63,7 @@ def summarise(events: Events, *, policy: str = "lfu", seen: Callable[[float], No
     return RoutingDemand(
         fingerprint=events.header.fingerprint,
         model=events.header.model or events.header.architecture,
-        policy=policy,
+        policy=policy_name(policy, half_life),
         tokens=tokens,
         total_bytes=total,
         points=tuple(points),

@@ -13,7 +13,12 @@ from expertier.simulation.loads import AdapterLoads
 from expertier.simulation.pools import InstantPool
 from expertier.simulation.result import Replay
 
-__all__ = ["Replay", "replay"]
+__all__ = ["Replay", "policy_name", "replay"]
+
+
+def policy_name(policy: str, half_life: float | None) -> str:
+    """Return a policy as records write it: with its half-life where that is not the usual one."""
+    return policy if half_life is None else f"{policy}:{half_life:g}"
 
 
 def replay(
@@ -85,5 +90,4 @@ def replay(
                 seen(step)
     finally:
         manager.close()
-    name = policy if half_life is None else f"{policy}:{half_life:g}"
-    return Replay.of(events, policy=name, budget=budget, misses=misses, bytes_read=bytes_read)
+    return Replay.of(events, policy=policy_name(policy, half_life), budget=budget, misses=misses, bytes_read=bytes_read)

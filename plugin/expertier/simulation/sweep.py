@@ -19,7 +19,7 @@ from expertier.simulation.belady import belady
 from expertier.simulation.events import Events, load_events
 from expertier.simulation.predicted import FORECASTER, Sources
 from expertier.simulation.prefetch import PREDICTORS, oracle_loads, replay_timed
-from expertier.simulation.replay import replay
+from expertier.simulation.replay import policy_name, replay
 from expertier.simulation.result import Replay
 from expertier.simulation.timing import StepTimes, Timing, step_times
 
@@ -60,7 +60,7 @@ class Arm:
     @property
     def label(self) -> str:
         """Name for people."""
-        name = self.policy if self.half_life is None else f"{self.policy}:{self.half_life:g}"
+        name = policy_name(self.policy, self.half_life)
         if self.forecaster is not None:
             name = f"{name} by {self.forecaster}"
         return name if self.predictor is None else f"{name} + {self.predictor}"
