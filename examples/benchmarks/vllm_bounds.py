@@ -262,7 +262,9 @@ def main() -> None:
     arms: dict[str, dict[str, Any] | None] = {"stock": None}
     for arm in options.arm or ("100%", "50%", "25%"):
         budget, *given = arm.split(",")
-        arms[arm] = {"budget": budget, **dict(option.split("=", 1) for option in given)}
+        values = dict(option.split("=", 1) for option in given)
+        name = ",".join([budget, *(f"{key}={Path(value).name}" for key, value in values.items())])  # no machine's paths
+        arms[name] = {"budget": budget, **values}
     texts = load_texts(options.text, options.checkpoint, decode=8, characters=6000).decode
     with contextlib.ExitStack() as stack:
         if options.twin is not None:
