@@ -183,6 +183,42 @@ def test_nobody_knows_what_is_resident_where_nobody_is_compared():
     assert not admission.compares
 
 
+class Watching(NewestFirst):
+    """Notes how many it may choose among."""
+
+    def __init__(self) -> None:
+        self.most = 0
+
+    def choose(self, now: Round) -> np.ndarray:
+        self.most = max(self.most, len(now.waiting))
+        return super().choose(now)
+
+
+class CountingBook(PathBook):
+    """Notes whose prompts were looked up."""
+
+    def __init__(self) -> None:
+        super().__init__(LAYERS, EXPERTS)
+        self.observe(["teacher"] * 16, np.arange(16), np.zeros((16, LAYERS, 1), np.int64))
+        self.looked_up: set[int] = set()
+
+    def of_waiting(self, request, tokens):
+        self.looked_up.add(request)
+        return super().of_waiting(request, tokens)
+
+
+def test_however_many_wait_a_choice_is_among_the_first_of_them_and_everybody_is_served():
+    batcher, book = Watching(), CountingBook()
+    admission = Admission(batcher, book, worth=Worth("on"))
+    for request in range(2000):
+        admission.arrive(request, [request % 16] * 4)
+    served = take(admission, 4)
+    assert batcher.most == 256 and len(book.looked_up) <= 300
+    while admission.waiting():
+        served += take(admission, 100)
+    assert sorted(served) == list(range(2000))
+
+
 def test_who_is_cancelled_does_not_delay_the_turn_of_those_behind():
     clock = Clock()
     admission = Admission(NewestFirst(), taught_book(), worth=Worth("on"), fairness=Fairness(seconds=1.0), clock=clock)

@@ -20,6 +20,8 @@ from expertier.scheduling.worth import LEAST_GAIN, Worth
 
 logger = logging.getLogger("expertier")
 
+_MOST_COMPARED = 256
+"""Requests that a batcher chooses among: the first ones, so that a decision costs no more however many wait."""
 _REFRESH_TOKENS = 1 << 22  # tokens times width that are looked up again in one proposal
 _REFRESH_GROWTH = 1.25
 
@@ -107,6 +109,7 @@ class Admission:
         self.stats = AdmissionStats()
         self._clock = clock
         self._waiting: dict[Hashable, _Waiting] = {}
+        self._ranks: dict[int, int] = {}  # how many of them have each priority
         self._running: dict[Hashable, None] = {}
         self._arrivals = self._steps = 0
         self._held: tuple[int, float] | None = None  # proposals with an empty place in a row, and since when
@@ -141,9 +144,10 @@ class Admission:
         prompt = np.fromiter(tokens, np.int64)
         entry = _Waiting(request, priority, self._arrivals, prompt, self.stats.joined)
         self._arrivals += 1
-        entry.due += sum(other.order < entry.order for other in self._waiting.values())
+        entry.due += sum(count for rank, count in self._ranks.items() if rank <= priority)
+        self._ranks[priority] = self._ranks.get(priority, 0) + 1
         self._waiting[request] = entry
-        if not self.in_order:
+        if not self.in_order and len(self._waiting) <= _MOST_COMPARED:  # others are looked up when it is their turn
             try:
                 self._look_up(entry)
             except Exception as error:
@@ -151,7 +155,7 @@ class Admission:
 
     def joined(self, request: Hashable) -> None:
         """Note that a request runs now."""
-        entry = self._waiting.pop(request, None)
+        entry = self._take(request)
         self._running[request] = None
         if entry is None:
             return
@@ -169,7 +173,7 @@ class Admission:
 
     def leave(self, request: Hashable) -> None:
         """Forget a request that is over or was cancelled; one that is unknown is ignored."""
-        entry = self._waiting.pop(request, None)
+        entry = self._take(request)
         if entry is not None:
             for other in self._waiting.values():
                 if other.order > entry.order:
@@ -179,6 +183,15 @@ class Admission:
             self.together.left()
         if self.book is not None:
             self.book.forget(request)
+
+    def _take(self, request: Hashable) -> _Waiting | None:
+        """Let a request wait no longer; ``None`` if it did not."""
+        entry = self._waiting.pop(request, None)
+        if entry is not None:
+            self._ranks[entry.priority] -= 1
+            if not self._ranks[entry.priority]:
+                del self._ranks[entry.priority]
+        return entry
 
     def waiting(self) -> list[Hashable]:
         """Requests that wait, first come first."""
@@ -303,6 +316,7 @@ class Admission:
     ) -> list[int]:
         """What the batcher wants: places in `free`, each once."""
         assert self.book is not None
+        free = free[: max(_MOST_COMPARED, 2 * room)]
         try:
             self._refresh(free)
             usual = self.book.usual()
