@@ -29,6 +29,8 @@ class ExpertBufferType:
     repacked : bool
         Whether the windows hold llama.cpp's repacked layout: the tensors then pose as CPU_REPACK tensors, so that the
         repacked kernels run on them.
+    idle : collection of str
+        Names of expert tensors that nobody computes with: they get an address behind which there is nothing.
 
     Notes
     -----
@@ -37,8 +39,10 @@ class ExpertBufferType:
     gets its address until loading has ended, and not a byte of it is read, mapped or copied.
     """
 
-    def __init__(self, placements: Mapping[str, PartPlacement], *, repacked: bool) -> None:
+    def __init__(self, placements: Mapping[str, PartPlacement], *, repacked: bool, idle: Collection[str] = ()) -> None:
         self._placements = placements
+        self._idle = frozenset(idle)
+        self._idle_tensors: dict[str, int] = {}
         self._reserved: dict[int, tuple[int, int]] = {}
         # llama.cpp tells buffer types apart by name.
         self._name = ctypes.create_string_buffer(b"Expertier_REPACK" if repacked else b"Expertier")
@@ -102,6 +106,10 @@ class ExpertBufferType:
         tensor = ggml.Tensor.from_address(address)
         name = tensor.name.decode()
         placement = self._placements.get(name)
+        if name in self._idle:
+            tensor.name = _HIDDEN + tensor.name[len(_HIDDEN) :]
+            self._idle_tensors[name] = address
+            return 0
         if placement is None:
             self.error = UnsupportedModelError(
                 f"llama.cpp placed {name} among the experts, the catalog does not know it.",
@@ -132,6 +140,8 @@ class ExpertBufferType:
                 f"llama.cpp did not load the expert tensor {min(missing)}.", "Please report the model's architecture."
             )
         self._bound = True
+        for name, address in self._idle_tensors.items():
+            ggml.Tensor.from_address(address).name = name.encode()
         bound = {}
         for name, address in self.tensors.items():
             tensor, placement = ggml.Tensor.from_address(address), self._placements[name]
@@ -154,6 +164,8 @@ class ExpertBuffers:
         Where each expert tensor lives, by tensor name.
     repacked : collection of str
         Names of the tensors whose windows hold llama.cpp's repacked layout.
+    idle : collection of str
+        Names of expert tensors that nobody computes with.
 
     Attributes
     ----------
@@ -161,13 +173,15 @@ class ExpertBuffers:
         For ``llama_model_params.tensor_buft_overrides``.
     """
 
-    def __init__(self, placements: Mapping[str, PartPlacement], repacked: Collection[str]) -> None:
+    def __init__(
+        self, placements: Mapping[str, PartPlacement], repacked: Collection[str], idle: Collection[str] = ()
+    ) -> None:
         self._types: list[ExpertBufferType] = []
         overrides = []
         for packed in (True, False):
             mine = {name: placement for name, placement in placements.items() if (name in repacked) == packed}
             if mine or not packed:  # the plain one also meets what the catalog does not know
-                kind = ExpertBufferType(mine, repacked=packed)
+                kind = ExpertBufferType(mine, repacked=packed, idle=() if packed else idle)
                 self._types.append(kind)
                 pattern = _pattern(mine) if packed else EXPERT_TENSORS
                 overrides.append(ggml.BufferOverride(pattern, kind.address))

@@ -195,7 +195,7 @@ class Llama(ExactRequests, llama_cpp.Llama):
             )
             self.recorder = TraceRecorder(options.trace, header)
             self._closing.append(self.recorder.close)
-        buffers = ExpertBuffers(pool.placements, kernels.repacked)
+        buffers = ExpertBuffers(pool.placements, kernels.repacked, catalog.idle_experts)
         self._buffers = buffers  # llama.cpp calls into it until the model is freed
 
         def on_loaded(tensors: dict[int, tuple[str, int]]) -> Any:

@@ -25,6 +25,7 @@ from expertier.errors import (
     ExpertierError,
     ModelFormatError,
     ModelNotFoundError,
+    NotMoEError,
     UnsupportedModelError,
 )
 from support.raw_gguf import (
@@ -104,6 +105,19 @@ def test_dense_layers_are_left_out_but_counted(tmp_path: Path) -> None:
     catalog = read_gguf(path)
     assert [layer.layer for layer in catalog.layers] == [1, 2]
     assert catalog.block_count == 3
+
+
+def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None:
+    whole = read_gguf(write(tmp_path / "whole.gguf", build(moe_keys(layers=3), moe_tensors(layers=3))))
+    keys = {**moe_keys(layers=3), "qwen3moe.nextn_predict_layers": Value(U32, 1)}
+    catalog = read_gguf(write(tmp_path / "m.gguf", build(keys, moe_tensors(layers=3))))
+    assert [layer.layer for layer in catalog.layers] == [0, 1]
+    assert catalog.block_count == 2
+    assert catalog.other_bytes == whole.other_bytes
+    assert set(catalog.idle_experts) == {part.name for part in whole.layers[2].parts}
+    keys["qwen3moe.nextn_predict_layers"] = Value(U32, 7)
+    with pytest.raises(NotMoEError):
+        read_gguf(write(tmp_path / "m.gguf", build(keys, moe_tensors(layers=3))))
 
 
 def test_sizes_add_up(single: Path) -> None:

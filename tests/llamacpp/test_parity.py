@@ -78,6 +78,17 @@ def test_every_architecture_gives_the_logits_of_the_stock_engine_at_every_budget
                 assert stats.evictions > 0
 
 
+@pytest.mark.parametrize("architecture", ["deepseek2", "hy_v3"])  # llama.cpp leaves such a layer out; it allocates it
+def test_experts_of_layers_that_predict_further_tokens_stay_on_storage(
+    tiny_model: TinyModel, architecture: str
+) -> None:
+    path = tiny_model(TinySpec(architecture=architecture, layers=4, experts=16, idle_layers=1))
+    with closing(expertier(path, "50%")) as llm:
+        assert trace(llm) == stock_trace(path)
+        assert [layer.layer for layer in llm.catalog.layers] == [1, 2]
+        assert llm.offload.stats().total_experts == 32
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("expert_type", ["Q8_0", "Q4_K"])
 def test_repacked_kernels_give_the_logits_of_the_default_stock_engine(

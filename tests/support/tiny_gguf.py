@@ -57,6 +57,8 @@ class TinySpec:
         Number of files to split the model into.
     skew : float
         Above 0, some experts are favoured by the routers: their rows are up to several times longer.
+    idle_layers : int
+        So many of the layers, the last, count as layers that predict further tokens (multi-token prediction).
     seed : int
         Seed of all weights.
     """
@@ -74,6 +76,7 @@ class TinySpec:
     alignment: int = 32
     files: int = 1
     skew: float = 0.0
+    idle_layers: int = 0
     seed: int = 0
 
     @property
@@ -211,6 +214,8 @@ def _add_keys(writer: Any, spec: TinySpec) -> None:
         }
         if spec.expert_groups:
             whole |= {"expert_group_count": spec.expert_groups, "expert_group_used_count": spec.expert_groups // 2}
+    if spec.idle_layers:
+        whole["nextn_predict_layers"] = spec.idle_layers
     writer.add_name(f"tiny {arch}")
     for key, number in whole.items():
         writer.add_uint32(f"{arch}.{key}", number)

@@ -184,6 +184,9 @@ def build_catalog(layouts: Sequence[GgufLayout]) -> Catalog:
         raise ModelFormatError(f"{first.path} does not name its architecture (key general.architecture).")
     block_count = _whole(first, f"{architecture}.block_count", 0)
     by_layer = _expert_parts(layouts)
+    # Layers at the end that predict further tokens (multi-token prediction) are no part of a forward pass.
+    computed = max(0, block_count - _whole(first, f"{architecture}.nextn_predict_layers", 0))
+    idle = [part for layer in range(computed, block_count) for part in by_layer.pop(layer, {}).values()]
     if not by_layer:
         _refuse_without_experts(layouts, architecture)
     layers = tuple(
@@ -196,10 +199,13 @@ def build_catalog(layouts: Sequence[GgufLayout]) -> Catalog:
         format="gguf",
         architecture=architecture,
         layers=layers,
-        block_count=block_count,
+        block_count=computed,
         file_bytes=sum(layout.size for layout in layouts),
-        other_bytes=tensor_bytes - sum(layer.total_bytes for layer in layers),
+        other_bytes=tensor_bytes
+        - sum(layer.total_bytes for layer in layers)
+        - sum(part.experts * part.expert_bytes for part in idle),
         fingerprint=_fingerprint(layouts),
+        idle_experts=tuple(part.name for part in idle),
     )
 
 

@@ -148,11 +148,14 @@ class Catalog:
     layers : tuple of LayerExperts
         Layers that have routed experts, ascending; dense layers are left out.
     block_count : int
-        Number of transformer layers, dense ones included.
+        Number of transformer layers that a forward pass computes, dense ones included.
     file_bytes : int
         Size of all files together.
     other_bytes : int
         Bytes of all tensors that are not routed experts (they stay in memory).
+    idle_experts : tuple of str
+        Names of expert tensors that no forward pass computes with: those of layers that predict further tokens
+        (multi-token prediction). They are left on storage.
     fingerprint : str
         Hex digest over sizes, headers and configuration; changes when the model does. Reads no expert data.
     """
@@ -166,6 +169,7 @@ class Catalog:
     file_bytes: int
     other_bytes: int
     fingerprint: str
+    idle_experts: tuple[str, ...] = ()
 
     @cached_property
     def by_layer(self) -> dict[int, LayerExperts]:
