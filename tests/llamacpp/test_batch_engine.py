@@ -26,6 +26,7 @@ from expertier.storage import StorageFile
 from expertier_llamacpp import BatchEngine
 from expertier_llamacpp.batch import Output, Request, Sampling
 from expertier_llamacpp.batch.sampling import make_sampler
+from expertier_llamacpp.batch.view import RequestView
 from llamacpp.engines import SETTINGS, closing, expertier, sizes
 from llamacpp.stock_batches import record, replay, stock_context
 from support.tiny_gguf import TinySpec, write_tiny
@@ -589,6 +590,31 @@ def test_threads_share_an_engine_that_runs_in_its_own(load: Load) -> None:
     with ThreadPoolExecutor(4) as pool:
         texts = list(pool.map(lambda prompt: one(engine, prompt, max_tokens=8, temperature=0), PROMPTS * 2))
     assert {output.finish_reason for output in texts} == {"length"}
+
+
+def test_log_probabilities_of_the_output_cost_no_memory_for_the_prompt(
+    load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import llama_cpp
+
+    engine = load(expert_budget="100%")
+    engine.start()
+    rows: list[int] = []
+    stock = llama_cpp.Llama.logits_to_logprobs
+
+    def watched(logits: Any, axis: int = -1) -> Any:
+        rows.append(len(logits))
+        return stock(logits, axis)
+
+    monkeypatch.setattr(llama_cpp.Llama, "logits_to_logprobs", staticmethod(watched))
+    prompt = [5 + number % 50 for number in range(300)]
+    answer = RequestView(engine, 1).create_completion(
+        prompt, max_tokens=20, logprobs=2, temperature=0, logit_bias=ENDLESS
+    )
+    expected = one(engine, prompt, max_tokens=20, logprobs=2, temperature=0, logit_bias=ENDLESS).logprobs
+    assert rows[0] <= 21
+    told = answer["choices"][0]["logprobs"]["token_logprobs"]
+    assert told == pytest.approx([item.logprob for item in expected], abs=1e-2)
 
 
 def test_progress_is_drawn_on_request(load: Load, capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,6 +25,7 @@ from expertier_llamacpp.batch.sequence import ActiveSequence
 from expertier_llamacpp.exact import asked_for_exactness
 
 _UNREAD = 64  # tokens computed ahead of whoever reads them
+_FIRST_ROWS = 16  # of logits, for which there is memory at first
 
 
 class RequestView(StockLlama):
@@ -50,6 +51,8 @@ class RequestView(StockLlama):
         self.input_ids = np.zeros(0, np.intc)
         self.n_tokens = 0
         self._keep_scores = False
+        self._kept = np.zeros((0, 0), np.single)
+        self._missing = 0
         self._most = 0
         self._sequences: list[ActiveSequence] = []
         self._gone = False
@@ -73,8 +76,8 @@ class RequestView(StockLlama):
         self.n_tokens = len(prompt)
         self.input_ids = np.zeros(self._engine.n_ctx + 1, np.intc)
         self.input_ids[: self.n_tokens] = prompt
-        if self._keep_scores:
-            self.scores = np.zeros((self._engine.n_ctx + 1, self._n_vocab), np.single)
+        self._kept = np.zeros((_FIRST_ROWS, self._n_vocab if self._keep_scores else 0), np.single)
+        self._missing = self.n_tokens - 1
         inbox = _Inbox(self._most if self._most > 0 else self._engine.n_ctx, self)
         sequence = self._engine.submit_tokens(prompt, self, inbox, exact=self._exact)
         self._sequences.append(sequence)
@@ -99,8 +102,10 @@ class RequestView(StockLlama):
     def sample(self, ctx: Any, idx: int, **_options: Any) -> int:  # type: ignore[override]
         """Choose a token; see :class:`expertier_llamacpp.batch.sequence.Sampler`."""
         if self._keep_scores:
-            row = C.llama_get_logits_ith(ctx.ctx, idx)
-            self.scores[self.n_tokens - 1] = np.ctypeslib.as_array(row, (self._n_vocab,))
+            row = self.n_tokens - 1 - self._missing
+            if row == len(self._kept):
+                self._kept = np.concatenate([self._kept, np.zeros_like(self._kept)])
+            self._kept[row] = np.ctypeslib.as_array(C.llama_get_logits_ith(ctx.ctx, idx), (self._n_vocab,))
         token: int = self._sampler.sample(ctx, idx)
         return token
 
@@ -108,6 +113,14 @@ class RequestView(StockLlama):
         """A token was chosen: logits processors see it from now on."""
         self.input_ids[self.n_tokens] = token
         self.n_tokens += 1
+
+    @property
+    def _scores(self) -> Any:
+        """Logits by the place of their token: of the output alone, because upstream works with copies of all."""
+        count = self.n_tokens - self._missing  # before the rows, which the engine's thread may exchange for more
+        found = self._kept[:count].view(_OutputRows)
+        found.missing = self._missing
+        return found
 
     # ---- what a view of a shared context is not
 
@@ -130,6 +143,30 @@ class RequestView(StockLlama):
         )
 
     eval = embed = create_embedding = save_state = load_state = reset = _refuse
+
+
+class _OutputRows(np.ndarray):
+    """Logits of a request's output, and what is worked out of them, under the numbers they have behind a prompt's.
+
+    Attributes
+    ----------
+    missing : int
+        Rows of the prompt, which are not there.
+    """
+
+    missing = 0
+
+    def __array_finalize__(self, source: Any) -> None:
+        self.missing = getattr(source, "missing", 0)
+
+    def __getitem__(self, key: Any) -> Any:
+        """Row ``[place, :]``, or the rows ``[place:]``; upstream asks for no others."""
+        rows = self.view(np.ndarray)
+        if isinstance(key, slice):
+            return rows[max(0, (key.start or 0) - self.missing) :]
+        if isinstance(key, tuple) and key[0] >= 0:
+            return rows[(key[0] - self.missing, *key[1:])]
+        return rows[key]
 
 
 class _Inbox:
