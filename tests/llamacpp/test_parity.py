@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
-from expertier.errors import UnsupportedOptionError
-from expertier_llamacpp import Llama
+from expertier.errors import RequestError, UnsupportedOptionError
+from expertier_llamacpp import BatchEngine, Llama
+from expertier_llamacpp.batch.view import RequestView
 from llamacpp.engines import (
     PROMPT,
     TEXT,
@@ -441,6 +442,17 @@ def test_a_grammar_constrains_both_alike(plain: Path) -> None:
     assert stock == ours
     assert ours
     assert set(ours) <= set("abcd0123456789")
+
+
+def test_a_grammar_that_cannot_be_parsed_is_an_error_and_not_the_end_of_the_process(plain: Path) -> None:
+    wrong = llama_cpp.LlamaGrammar.from_string("root ::= [", verbose=False)
+    with closing(expertier(plain, "50%")) as llm, pytest.raises(RequestError, match="cannot parse the grammar"):
+        llm(TEXT, max_tokens=2, grammar=wrong)
+    with (
+        BatchEngine(str(plain), expert_budget="50%", n_ctx=128, verbose=False) as engine,
+        pytest.raises(RequestError, match="cannot parse the grammar"),
+    ):
+        RequestView(engine, 0)(TEXT, max_tokens=2, grammar=wrong)
 
 
 def test_a_saved_state_can_be_loaded_and_continued(plain: Path) -> None:

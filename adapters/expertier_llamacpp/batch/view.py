@@ -16,19 +16,19 @@ from typing import Any, NoReturn
 
 import numpy as np
 from llama_cpp import llama_cpp as C  # noqa: N812 - the name llama-cpp-python itself uses for its C interface
-from llama_cpp.llama import Llama as StockLlama
 
 from expertier.errors import ContextFullError, RequestCancelledError, RequestError, UnsupportedOptionError
 from expertier_llamacpp.batch.engine import BatchEngine
 from expertier_llamacpp.batch.requests import FinishReason
 from expertier_llamacpp.batch.sequence import ActiveSequence
 from expertier_llamacpp.exact import asked_for_exactness
+from expertier_llamacpp.grammar import CheckedGrammars
 
 _UNREAD = 64  # tokens computed ahead of whoever reads them
 _FIRST_ROWS = 16  # of logits, for which there is memory at first
 
 
-class RequestView(StockLlama):
+class RequestView(CheckedGrammars):
     """A ``llama_cpp.Llama`` for one request at a time, with the engine behind it.
 
     Parameters
