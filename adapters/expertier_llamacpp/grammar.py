@@ -16,11 +16,11 @@ class CheckedGrammars(llama_cpp.Llama):
     ``LlamaSampler.add_grammar`` (llama_cpp/_internals.py).
     """
 
-    def _init_sampler(self, *args: Any, grammar: llama_cpp.LlamaGrammar | None = None, **options: Any) -> Any:
-        if grammar is not None:
+    def _init_sampler(self, *args: Any, **options: Any) -> Any:
+        if (grammar := options.get("grammar")) is not None:
             text, root = grammar._grammar.encode(), grammar._root.encode()
             sampler = llama_cpp.llama_sampler_init_grammar(self._model.vocab, text, root)
             if not sampler:
                 raise RequestError("llama.cpp cannot parse the grammar.", "What is wrong is on the standard error.")
             llama_cpp.llama_sampler_free(sampler)
-        return super()._init_sampler(*args, grammar=grammar, **options)
+        return super()._init_sampler(*args, **options)
