@@ -39,7 +39,7 @@ from expertier_llamacpp.buffer import ExpertBuffers
 from expertier_llamacpp.callback import EvalHook
 from expertier_llamacpp.exact import ExactRequests
 from expertier_llamacpp.governor import BudgetGovernor, StepMemory
-from expertier_llamacpp.grammar import CheckedGrammars
+from expertier_llamacpp.guards import GuardedRequests
 from expertier_llamacpp.loading import ModelLoader, open_files
 from expertier_llamacpp.recording import RouteRecording
 from expertier_llamacpp.router import refuse_unknown
@@ -62,7 +62,7 @@ class _Use:
     process: int = field(default_factory=os.getpid)
 
 
-class Llama(ExactRequests, CheckedGrammars):
+class Llama(ExactRequests, GuardedRequests):
     """``llama_cpp.Llama`` with its experts on storage and the most useful of them in memory.
 
     Takes every argument of ``llama_cpp.Llama`` and the options of :class:`expertier.config.OffloadOptions`, each with

@@ -455,6 +455,12 @@ def test_a_grammar_that_cannot_be_parsed_is_an_error_and_not_the_end_of_the_proc
         RequestView(engine, 0)(TEXT, max_tokens=2, grammar=wrong)
 
 
+@pytest.mark.parametrize("token", [-5, 99_999_999])
+def test_a_number_that_is_no_token_is_an_error_and_not_the_end_of_the_process(plain: Path, token: int) -> None:
+    with closing(expertier(plain, "50%")) as llm, pytest.raises(RequestError, match=f"no token {token}"):
+        llm.detokenize([1, token])
+
+
 def test_a_saved_state_can_be_loaded_and_continued(plain: Path) -> None:
     def use(llm: llama_cpp.Llama) -> list[bytes]:
         llm.eval(PROMPT)

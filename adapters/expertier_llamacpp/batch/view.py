@@ -22,13 +22,13 @@ from expertier_llamacpp.batch.engine import BatchEngine
 from expertier_llamacpp.batch.requests import FinishReason
 from expertier_llamacpp.batch.sequence import ActiveSequence
 from expertier_llamacpp.exact import asked_for_exactness
-from expertier_llamacpp.grammar import CheckedGrammars
+from expertier_llamacpp.guards import GuardedRequests
 
 _UNREAD = 64  # tokens computed ahead of whoever reads them
 _FIRST_ROWS = 16  # of logits, for which there is memory at first
 
 
-class RequestView(CheckedGrammars):
+class RequestView(GuardedRequests):
     """A ``llama_cpp.Llama`` for one request at a time, with the engine behind it.
 
     Parameters
