@@ -154,7 +154,8 @@ class RowFill:
         rows = []
         for name, value in parameters.items():
             common = value.dim() == 0 and name in self.format.over_experts
-            if not common and (value.dim() == 0 or value.shape[0] != 1 or not value.is_contiguous()):
+            own = value.dim() > 0 and value.shape[0] == 1 and value.numel() > 0 and value.is_contiguous()
+            if not common and not own:
                 raise refusals.unverified_quantisation(kind)
             small = common or value.nbytes * _SMALL < total
             rows.append(

@@ -38,8 +38,21 @@ TOUCHED = {
         "def _moe_forward_shared_fake",
     ),
     "model_executor/layers/fused_moe/modular_kernel.py": ("self.fused_experts.apply(",),
-    "model_executor/layers/fused_moe/experts/triton_moe.py": ("class TritonExperts", "try_get_optimal_moe_config("),
-    "model_executor/layers/fused_moe/config.py": ("def config_name", "def block_shape"),
+    "model_executor/layers/fused_moe/experts/triton_moe.py": (
+        "class TritonExperts",
+        "class TritonWNA16Experts",
+        "try_get_optimal_moe_config(",
+        "a2_scale_is_global",
+    ),
+    "model_executor/layers/fused_moe/fused_moe.py": ("get_moe_wna16_block_config(", "off_experts * stride_bse"),
+    "model_executor/layers/fused_moe/config.py": (
+        "def config_name",
+        "def block_shape",
+        "def per_act_token_quant",
+        "def a2_scale",
+        "_a1: FusedMoEQuantDesc",
+        "_w2: FusedMoEQuantDesc",
+    ),
     "v1/attention/backends/flash_attn.py": ("num_actual_tokens: int", "max_query_len: int"),
     "model_executor/layers/fused_moe/routed_experts.py": (
         "_get_quant_method",
