@@ -339,11 +339,13 @@ def test_a_damaged_sidecar_is_noticed_though_no_expert_is_ever_whole_on_the_host
 def test_a_budget_that_cannot_be_is_refused_by_name(
     tmp_path: Path, device: int, host: int, options: dict[str, Any], error: type[Exception], words_of_it: str
 ) -> None:
+    link = ThreadLink()
     with (
         pytest.raises(error, match=words_of_it),
-        device_tier(ThreadLink(), tmp_path, device=device, host=host, **options),
+        device_tier(link, tmp_path, device=device, host=host, **options),
     ):
         pass
+    assert not any(thread.is_alive() for thread in link._threads)
 
 
 def test_experts_of_several_sizes_need_slots_of_their_own(tmp_path: Path) -> None:

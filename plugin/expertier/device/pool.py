@@ -172,22 +172,22 @@ class DevicePool:
         self._base = dict(zip(self._layers, np.cumsum([0, *counts[:-1]]).tolist(), strict=True))
         self._lock = threading.RLock()
         self._scores: KeepScores = lambda experts, layer: np.zeros(len(experts))
-        for part in (part for layer in layers for part in layer.parts):
-            if part.offset % PAGE or part.stride % PAGE:
-                raise ValueError(f"experts of {part.name} share pages in {part.file}")
         self._offsets = {layer.layer: _offsets(layer) for layer in layers}
         buffer = whole_pages(chunk_bytes + chunk_bytes // 4)
         buffers = 2 * io_threads
         total = sum(counts)
         host_slot = max(offsets[-1] for offsets in self._offsets.values())
         host_slots = min((host_bytes - buffers * buffer) // host_slot, total)
-        if host_slots < 0:
-            raise BudgetError(
-                f"A host budget of {format_bytes(host_bytes)} has no room for the buffers of {io_threads} I/O threads "
-                f"({format_bytes(buffers * buffer)}).",
-                f"Give at least {buffers * buffer} bytes.",
-            )
         try:
+            for part in (part for layer in layers for part in layer.parts):
+                if part.offset % PAGE or part.stride % PAGE:
+                    raise ValueError(f"experts of {part.name} share pages in {part.file}")
+            if host_slots < 0:
+                raise BudgetError(
+                    f"A host budget of {format_bytes(host_bytes)} has no room for the buffers of {io_threads} I/O "
+                    f"threads ({format_bytes(buffers * buffer)}).",
+                    f"Give at least {buffers * buffer} bytes.",
+                )
             self._make_slabs(layers, device_bytes, per_layer)
             self._buffers: queue.SimpleQueue[tuple[Bytes, DeviceEvent | None]] = queue.SimpleQueue()
             memory = link.allocate_host(buffers * buffer + host_slots * host_slot)
