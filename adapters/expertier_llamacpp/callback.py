@@ -139,6 +139,9 @@ class EvalHook:
     def begin(self, batch: Any) -> None:
         """Prepare for a llama.cpp call that runs the graph over a ``llama_batch``."""
         self.error = None
+        self.compute_node = 0
+        self._previous_layer = self._owed_layer = -1
+        self._stopped_at = 0
         self._batch = rows = BatchTokens(batch)
         self._begun = 0
         if self._recording is not None:
@@ -153,9 +156,6 @@ class EvalHook:
             decode = bool(rows.count) and rows.whole == "decode"
             stand_ins = self._virtual is not None and self._virtual.allowed("decode")
             self._ahead.begin(rows.spans(), decode=decode and not self._quiet and not stand_ins)
-        self.compute_node = 0
-        self._previous_layer = self._owed_layer = -1
-        self._stopped_at = 0
 
     def finish(self) -> None:
         """End the call: unpin, and raise what went wrong inside it."""

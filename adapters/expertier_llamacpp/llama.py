@@ -334,8 +334,8 @@ class Llama(ExactRequests, GuardedRequests):
                     use.thread = threading.current_thread()
                     if governor is not None:
                         governor.before(batch.n_tokens())
-                    hook.begin(batch.batch)
                     try:
+                        hook.begin(batch.batch)
                         stock(batch)
                     finally:
                         hook.finish()

@@ -292,6 +292,22 @@ def test_an_error_inside_a_callback_is_raised_in_the_callers_thread(
         assert trace(llm) == plain_rows
 
 
+def test_an_error_before_a_step_leaves_no_expert_pinned(
+    plain: Path, plain_rows: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with closing(expertier(plain, "100%")) as llm:
+        assert trace(llm) == plain_rows
+        llm.offload.wait_until_filled()
+        llm.reset()
+        with monkeypatch.context() as broken:
+            broken.setattr(type(llm._ahead), "follows_tokens", property(lambda _: 1 / 0))
+            with pytest.raises(ZeroDivisionError):
+                llm.eval([1])
+        assert not llm.offload._table.pins.any()
+        llm.reset()
+        assert trace(llm) == plain_rows
+
+
 def test_an_error_while_waiting_for_a_part_is_raised_and_nothing_is_computed_with_it(
     plain: Path, plain_rows: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
