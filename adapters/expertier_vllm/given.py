@@ -44,7 +44,7 @@ class GivenTokens(AdapterLogitsProcessor):  # type: ignore[misc]
 
 
 def _write(path: Path, place: int, logits: torch.Tensor) -> None:
-    row = logits.to(torch.float32).numpy()
+    row = logits.to("cpu", torch.float32).numpy()
     with path.open("r+b") as file:
         file.seek(place * row.nbytes)
         file.write(row.data)

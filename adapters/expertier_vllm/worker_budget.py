@@ -146,9 +146,14 @@ class WorkerBudget:
         Raises
         ------
         BudgetError
-            It is not an amount, or too small; the old one stays in force.
+            It is not an amount, too small, or 'auto' on a device; the old one stays in force.
         """
         asked = self._without_resident(parse_budget(budget, self.largest + self.always))
+        if asked is None and not self._on_host:
+            raise BudgetError(
+                "A budget of 'auto' is not possible for experts on a device, whose rest is the KV cache's.",
+                "Say how many bytes, or how many percent of all experts.",
+            )
         if asked is None:
             limit = memory_left()
             asked = max(self._smallest, self._left(limit, 0) - self._margin(limit.left))
