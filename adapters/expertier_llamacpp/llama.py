@@ -22,7 +22,14 @@ from expertier.catalog.routers import Weights, read_norms, read_routers
 from expertier.catalog.sidecar import sidecar_directories
 from expertier.catalog.types import Catalog
 from expertier.config import OffloadOptions
-from expertier.errors import BudgetError, ExpertierError, ManagerClosedError, ModelFormatError, UnsupportedOptionError
+from expertier.errors import (
+    BudgetError,
+    ExpertierError,
+    ManagerClosedError,
+    ModelFormatError,
+    ModelNotFoundError,
+    UnsupportedOptionError,
+)
 from expertier.manager import ManagerConfig, OffloadManager
 from expertier.planning.governor import GovernorSettings, PressureGovernor
 from expertier.planning.memory import memory_left, process_memory
@@ -434,6 +441,8 @@ def _refuse_options(kwargs: dict[str, Any], sequences: int) -> None:
         )
     if kwargs.get("vocab_only"):
         raise UnsupportedOptionError("vocab_only loads no experts.", "Use llama_cpp.Llama for it.")
+    if (adapter := kwargs.get("lora_path")) and not os.path.isfile(adapter):  # llama.cpp would go on without it
+        raise ModelNotFoundError(f"There is no LoRA adapter {adapter}.", "Check lora_path.")
 
 
 def _make_lookahead(catalog: Catalog, routers: Mapping[int, Weights], layouts: Any) -> Lookahead | None:

@@ -351,6 +351,12 @@ def test_a_directory_is_refused_and_the_models_in_it_are_named(single: Path) -> 
         read_gguf(single.parent)
 
 
+def test_a_checkpoint_in_place_of_a_gguf_file_is_refused_with_the_engine_that_takes_it(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModelNotFoundError, match=r"is a directory.*--engine vllm"):
+        read_gguf(tmp_path)
+
+
 def test_a_named_pipe_is_refused_without_waiting_for_it(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.gguf")
     with pytest.raises(ModelNotFoundError, match="not a regular file"):

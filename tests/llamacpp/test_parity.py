@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
-from expertier.errors import RequestError, UnsupportedOptionError
+from expertier.errors import ModelNotFoundError, RequestError, UnsupportedOptionError
 from expertier_llamacpp import BatchEngine, Llama
 from expertier_llamacpp.batch.view import RequestView
 from llamacpp.engines import (
@@ -525,6 +525,11 @@ def test_layers_on_a_gpu_are_refused_by_name(plain: Path, layers: int) -> None:
 def test_loading_only_the_vocabulary_is_refused_by_name(plain: Path) -> None:
     with pytest.raises(UnsupportedOptionError, match="vocab_only"):
         expertier(plain, "50%", vocab_only=True)
+
+
+def test_a_lora_adapter_that_is_not_there_is_refused_by_name(plain: Path) -> None:
+    with pytest.raises(ModelNotFoundError, match=r"no LoRA adapter .*none\.gguf"):
+        expertier(plain, "50%", lora_path="none.gguf")
 
 
 def test_an_unknown_option_of_ours_is_refused_and_lists_the_known_ones(plain: Path) -> None:

@@ -266,9 +266,12 @@ class _Cursor:
 def _directory_hint(path: Path) -> str:
     """Name the models in a directory that was given instead of one of them."""
     try:
-        inside = sorted(entry for entry in os.listdir(path) if entry.endswith(".gguf"))
+        entries = os.listdir(path)
     except (OSError, ValueError):
         return ""
+    inside = sorted(entry for entry in entries if entry.endswith(".gguf"))
+    if not inside and "config.json" in entries:
+        return " It holds a checkpoint, which vLLM can load (--engine vllm)."
     return f" It holds {', '.join(inside[:3])}{', ...' if len(inside) > 3 else ''}." if inside else ""
 
 
