@@ -11,10 +11,10 @@ import torch
 from expertier_vllm.stage import ExpertStage
 
 if TYPE_CHECKING:
-    from expertier_vllm.runtime import Runtime
+    from expertier_vllm.layers import LoadingLayers
 
-constructing: Final[ContextVar[Runtime | None]] = ContextVar("expertier_constructing", default=None)
-"""The runtime of the model that is being built; ``None`` builds stock layers."""
+constructing: Final[ContextVar[LoadingLayers | None]] = ContextVar("expertier_constructing", default=None)
+"""The layers of the model that is being built; ``None`` builds stock layers."""
 
 Opaque = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, str], torch.Tensor]
 
@@ -33,19 +33,19 @@ def managed_class(base: Any, opaque: Opaque) -> Any:
     Returns
     -------
     type
-        A subclass of `base`. Where no runtime is set in :data:`constructing` it behaves like `base`.
+        A subclass of `base`. Where nothing is set in :data:`constructing` it behaves like `base`.
     """
 
     class ManagedExperts(base):  # type: ignore[misc]
         """An expert layer whose experts come and go."""
 
         def __init__(self, layer_name: str, *args: Any, **kwargs: Any) -> None:
-            runtime = constructing.get()
+            layers = constructing.get()
             # nn.Module accepts attributes only after its own __init__, which stock's calls first.
-            self.__dict__["managed"] = stage = None if runtime is None else ExpertStage(self, layer_name)
+            self.__dict__["managed"] = stage = None if layers is None else ExpertStage(self, layer_name)
             super().__init__(layer_name, *args, **kwargs)
-            if runtime is not None and stage is not None:
-                runtime.add(stage)
+            if layers is not None and stage is not None:
+                layers.add(stage)
 
         def _get_quant_method(self, *args: Any, **kwargs: Any) -> Any:
             method = super()._get_quant_method(*args, **kwargs)

@@ -6,24 +6,21 @@ Which slot an expert is in changes nothing it computes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Final
+from dataclasses import asdict
+from typing import Any, Final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from expertier.budget import format_bytes
-from expertier.catalog.pack import Pack
-from expertier.catalog.types import LayerExperts
-from expertier.device import CudaLink, DeviceLink, DeviceTier, ThreadLink
+from expertier.budget import format_bytes, parse_budget
+from expertier.config import OffloadOptions
+from expertier.device import CudaLink, DeviceLink, DeviceTier, ThreadLink, WorkingSet
 from expertier.errors import UnsupportedEngineError
 from expertier.manager import ManagerConfig
 from expertier.planning.memory import memory_left
-from expertier.storage import StorageFile
-from expertier_vllm.stage import ExpertStage
+from expertier_vllm.layers import LoadedExperts
+from expertier_vllm.worker_budget import WorkerBudget
 
 _BUFFERS: Final = 64 << 20  # more than what I/O threads read through
 
@@ -56,78 +53,100 @@ def usual_host_bytes(total: int, sharers: int) -> int:
     return min(total + total // 64 + _BUFFERS, memory_left().left // (2 * sharers))
 
 
+class _Held:
+    """A working set, and the slots that ids are in; fulfils :class:`expertier_vllm.places.Held`."""
+
+    __slots__ = ("_there", "numbers")
+
+    def __init__(self, there: WorkingSet, ids: torch.Tensor) -> None:
+        self._there = there
+        slots = torch.from_numpy(there.slots).to(ids.device, ids.dtype)
+        self.numbers = slots[ids.long()]
+
+    def wait(self) -> None:
+        """All of it was sent already, and the computation is ordered behind."""
+
+    def __enter__(self) -> _Held:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._there.release()
+
+
 class ExpertSlots:
-    """The expert layers of one worker in a device tier, each with slots of its own.
+    """The expert layers of one worker in slots; implements :class:`expertier_vllm.places.ExpertPlaces`.
+
+    Every layer has slots of its own in a device tier.
 
     Parameters
     ----------
-    stages : sequence of ExpertStage
-        The layers, in order.
-    layers : sequence of LayerExperts
-        The same, as they are in the sidecar.
-    files : mapping of Path to StorageFile
-        The sidecar, opened.
-    pack : Pack
-        The sidecar.
-    resident : sequence of mapping of str to Tensor
-        For every layer, what has one value for all its experts, by part name.
-    device : torch.device
-        Where the layers compute.
-    device_bytes, host_bytes : int
-        Most memory for experts there and on the host beneath.
-    config : ManagerConfig
-        Policy and I/O settings.
+    found : LoadedExperts
+        The experts.
+    options : OffloadOptions
+        Budget and I/O settings.
+    host_budget : str, int or None
+        Most memory for experts on the host beneath, an amount or a share; ``None``: :func:`usual_host_bytes`.
+    policy : str
+        Who stays.
+    sharers : int
+        Workers on this machine.
     """
 
+    ahead_in_warm_ups = False
+
     def __init__(
-        self,
-        stages: Sequence[ExpertStage],
-        layers: Sequence[LayerExperts],
-        files: Mapping[Path, StorageFile],
-        pack: Pack,
-        resident: Sequence[Mapping[str, torch.Tensor]],
-        *,
-        device: torch.device,
-        device_bytes: int,
-        host_bytes: int,
-        config: ManagerConfig,
+        self, found: LoadedExperts, options: OffloadOptions, *, host_budget: str | int | None, policy: str, sharers: int
     ) -> None:
+        layers, self._device = found.layers, found.stages[0].device
+        total = sum(layer.total_bytes for layer in layers)
+        self.budget = WorkerBudget(
+            options,
+            smallest=sum(layer.top_k * layer.expert_bytes for layer in layers),  # every layer has slots of its own
+            largest=total,
+            one_layer=max(layer.total_bytes for layer in layers),
+            always=found.always,
+            sharers=sharers,
+            on_host=self._device.type == "cpu",
+        )
+        host = usual_host_bytes(total, sharers) if host_budget is None else parse_budget(str(host_budget), total)
+        assert host is not None and not self.budget.automatic  # "auto" was refused with the options
         self.tier = DeviceTier(
             layers,
-            files,
-            link_to(device),
-            device_bytes=device_bytes,
-            host_bytes=host_bytes,
-            config=config,
-            check_for=pack.check_in_pieces,
+            {found.pack.path: found.file},
+            link_to(self._device),
+            device_bytes=self.budget.first,
+            host_bytes=host,
+            config=ManagerConfig(policy=policy, half_life=options.half_life, io_threads=options.io_threads, fill=True),
+            check_for=found.pack.check_in_pieces,
             per_layer=True,  # one kernel call takes no more slots than a layer has experts
         )
-        self._device = device
+        self.manager = self.tier.manager
+        self.budget.attach(self.manager, self.tier.resize)
+        self.largest = max(layer.expert_bytes for layer in layers)
         self._experts = {layer.layer: np.arange(layer.experts) for layer in layers}
         self._places: dict[int, torch.Tensor] = {}
         self._noted = -1
-        for stage, layer, common in zip(stages, layers, resident, strict=True):
+        for stage, layer, resident in zip(found.stages, layers, found.resident(), strict=True):
             slots = {}
             for part, memory in zip(layer.parts, self.tier.pool.memory(layer.layer), strict=True):
                 row = stage.row(part.name)
                 slots[part.name] = torch.as_tensor(memory).view(row.dtype).view(-1, *row.shape)
-            stage.settle_in_slots(slots, common)
+            stage.settle_in_slots(slots, resident)
 
     def capacity(self, layer: int) -> int:
-        """Experts of a layer that can be on the device at once."""
         pool = self.tier.pool
         assert pool.quotas is not None
-        return min(pool.quotas[layer], self.tier.manager.budget) // pool.slot_bytes(layer)
+        return min(pool.quotas[layer], self.manager.budget) // pool.slot_bytes(layer)
 
-    @contextmanager
-    def working_set(self, layer: int, routes: NDArray[np.int64], ids: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Bring experts to the device, and yield the slots that `ids` are in, of its shape and type."""
-        with self.tier.acquire(layer, routes) as found:
-            slots = torch.from_numpy(found.slots).to(ids.device, ids.dtype)
-            yield slots[ids.long()]
+    def acquire(self, layer: int, routes: NDArray[np.int64], ids: torch.Tensor) -> _Held:
+        there = self.tier.acquire(layer, routes)
+        try:
+            return _Held(there, ids)
+        except BaseException:
+            there.release()
+            raise
 
     def hold(self) -> None:
-        """Note where the experts are, for a step in which all of them are on the device and pinned."""
         pool = self.tier.pool
         if pool.moves != self._noted:
             self._places = {layer: torch.from_numpy(pool.slots(layer)).to(self._device) for layer in self._experts}
@@ -135,17 +154,17 @@ class ExpertSlots:
         for layer, experts in self._experts.items():
             pool.order(layer, experts)
 
-    def renumbered(self, layer: int, ids: torch.Tensor) -> torch.Tensor:
-        """The slots that `ids` are in, of its shape and type; after :meth:`hold`. Nobody waits for the device."""
+    def numbers(self, layer: int, ids: torch.Tensor) -> torch.Tensor:
         return self._places[layer][ids.long()].to(ids.dtype)
 
     def used(self) -> None:
-        """Note that what was computed since :meth:`hold` may read any expert; to be called before they are released."""
         for layer, experts in self._experts.items():
             self.tier.pool.used(layer, experts)
 
     def words(self) -> str:
-        """For the mode line."""
         stats = self.tier.stats()
         kind = "pinned host memory" if stats.pinned else "host memory"
-        return f"in slots over {format_bytes(stats.host_bytes)} of {kind}"
+        return f"in slots over {format_bytes(stats.host_bytes)} of {kind}, "
+
+    def stats(self) -> dict[str, Any]:
+        return {"tier": asdict(self.tier.stats())}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import torch
 
@@ -17,10 +17,39 @@ from expertier_vllm.checkpoint import CheckpointFiles, Source, SourceReader, ten
 from expertier_vllm.row_fill import Row, RowFill
 
 if TYPE_CHECKING:
-    from expertier_vllm.runtime import Runtime
     from expertier_vllm.stand_ins import RouterScoring
 
 _NUMBER: Final = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
+
+
+class Loader(Protocol):
+    """What a layer tells of its loading, and learns about it.
+
+    Attributes
+    ----------
+    in_slots : bool
+        Whether its experts will be in slots.
+    """
+
+    in_slots: bool
+
+    def sources(self) -> CheckpointFiles | None:
+        """Where to look checkpoint tensors up; ``None`` when an earlier start has left a sidecar."""
+
+    def loaded(self, stage: ExpertStage) -> None:
+        """Note that a layer's weights have been handed out."""
+
+
+class Computation(Protocol):
+    """What computes a layer's experts; see :class:`expertier_vllm.forward.ForwardPass`."""
+
+    def choose(
+        self, stage: ExpertStage, logits: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Let resident experts stand in."""
+
+    def run(self, stage: ExpertStage, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Compute, after bringing in what is absent."""
 
 
 class ExpertStage:
@@ -41,7 +70,7 @@ class ExpertStage:
     layer : int
         Index of the transformer layer.
     position : int
-        Place among the MoE layers of this worker, set by the runtime.
+        Place among the MoE layers of this worker, known when all are loaded.
     experts, top_k : int
         Of the layer.
     tokens : int or None
@@ -65,7 +94,8 @@ class ExpertStage:
         self.spacing = 1
         self.tokens: int | None = None
         self.rows: tuple[Row, ...] = ()
-        self.runtime: Runtime
+        self.loader: Loader
+        self.forward: Computation
         self.scoring: RouterScoring  # where virtual experts are on
         self._sources: dict[int, list[Source]] = {}
         self._fill: RowFill
@@ -81,7 +111,7 @@ class ExpertStage:
         UnsupportedModelError
             As for :class:`~expertier_vllm.row_fill.RowFill`.
         """
-        self._fill = RowFill(self.module, method, lambda: self.runtime.loaded(self))
+        self._fill = RowFill(self.module, method, lambda: self.loader.loaded(self))
         self._method = method
 
     @property
@@ -114,7 +144,7 @@ class ExpertStage:
     def remember(self, param: torch.nn.Parameter, tensor: torch.Tensor, name: str, shard: str, expert: int) -> None:
         """Note where a checkpoint tensor of an expert lies, unless the sidecar has it already."""
         self._fill.saw(name)
-        files = self.runtime.sources()
+        files = self.loader.sources()
         if files is None:
             return
         if tensor.dim() == param.dim() == 3:  # some models pass all experts at once
@@ -149,7 +179,7 @@ class ExpertStage:
 
     def set_up(self) -> None:
         """Find out what an expert consists of once it has been processed; see :meth:`RowFill.rows`."""
-        self.rows = self._fill.rows(in_slots=self.runtime.in_slots)
+        self.rows = self._fill.rows(in_slots=self.loader.in_slots)
 
     # ---- writing the sidecar
 
@@ -220,14 +250,14 @@ class ExpertStage:
 
     # ---- serving
 
-    def settle(self, addresses: dict[str, int], resident: dict[str, torch.Tensor]) -> None:
+    def settle(self, addresses: Mapping[str, int], resident: Mapping[str, torch.Tensor]) -> None:
         """End loading: put the windows, and the rows that stay resident, where the layer's weights belong.
 
         Parameters
         ----------
-        addresses : dict of str to int
+        addresses : mapping of str to int
             Part name to the address of expert 0.
-        resident : dict of str to Tensor
+        resident : mapping of str to Tensor
             Part name to the rows of all experts.
         """
         self._sources.clear()
@@ -274,12 +304,12 @@ class ExpertStage:
     def choose(
         self, logits: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Let resident experts stand in; see :meth:`expertier_vllm.runtime.Runtime.choose`."""
-        return self.runtime.choose(self, logits, weights, ids)
+        """Let resident experts stand in; see :meth:`expertier_vllm.forward.ForwardPass.choose`."""
+        return self.forward.choose(self, logits, weights, ids)
 
     def run(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """Compute the layer's experts; see :meth:`expertier_vllm.runtime.Runtime.run`."""
-        return self.runtime.run(self, x, weights, ids)
+        """Compute the layer's experts; see :meth:`expertier_vllm.forward.ForwardPass.run`."""
+        return self.forward.run(self, x, weights, ids)
 
 
 def layers_in_order(stages: Sequence[ExpertStage]) -> list[ExpertStage]:

@@ -41,9 +41,9 @@ def measure(worker: Any, rounds: int, steps: int) -> dict[str, list[float]]:
     """
     import torch
 
-    from expertier_vllm.runtime import StepKind
+    from expertier_vllm.step_kind import StepKind
 
-    runtime = worker.expertier
+    manager, forward = worker.expertier.manager, worker.expertier.forward
     stages = [module.managed for module in worker.get_model().modules() if hasattr(module, "managed")]
     stages.sort(key=lambda stage: stage.position)
     generator = torch.Generator().manual_seed(0)
@@ -60,20 +60,20 @@ def measure(worker: Any, rounds: int, steps: int) -> dict[str, list[float]]:
 
     def through_us() -> None:
         for stage, x, weights, ids in inputs:
-            runtime.run(stage, x, weights, ids)
+            forward.run(stage, x, weights, ids)
 
-    hold_all, step_kind = runtime.manager.hold_all, runtime._step_kind
+    hold_all, step_kind = manager.hold_all, forward.step_kind
 
     def with_stops() -> None:
-        runtime.manager.hold_all = lambda *_: None
+        manager.hold_all = lambda *_: None
         try:
             through_us()
         finally:
-            runtime.manager.hold_all = hold_all
+            manager.hold_all = hold_all
 
     variants: dict[str, Callable[[], None]] = {"kernel": kernel, "resident": through_us, "stops": with_stops}
     found: dict[str, list[float]] = {name: [] for name in variants}
-    runtime._step_kind = lambda: StepKind(real=True, decode=True)
+    forward.step_kind = lambda: StepKind(real=True, decode=True)
     try:
         with torch.inference_mode():
             for number in range(rounds + 1):
@@ -86,7 +86,7 @@ def measure(worker: Any, rounds: int, steps: int) -> dict[str, list[float]]:
                     if number:  # the first round warms up
                         found[name].append(1e6 * statistics.median(times) / len(stages))
     finally:
-        runtime._step_kind = step_kind
+        forward.step_kind = step_kind
     return found
 
 

@@ -37,7 +37,7 @@ def slot_rows(llm: Any) -> dict[str, str]:
     runtime = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.expertier
     digests = {}
     for stage in runtime._stages:
-        slots = runtime._slots.tier.pool.slots(stage.layer)
+        slots = runtime.places.tier.pool.slots(stage.layer)
         for expert in (slots >= 0).nonzero()[0].tolist():
             for row in stage.rows:
                 value = getattr(stage.module, row.param).data

@@ -68,7 +68,7 @@ class VirtualRouter(CPURouter):  # type: ignore[misc]
 
 
 class Scoring:
-    """A router's arithmetic, for ids it did not choose itself; fulfils :class:`expertier_vllm.runtime.RouterScoring`.
+    """A router's arithmetic, for ids it did not choose itself; fulfils :class:`expertier_vllm.stand_ins.RouterScoring`.
 
     Upstream: ``cpu_router._softmax_topk`` and ``cpu_router._grouped_topk``.
 

@@ -26,14 +26,17 @@ from expertier.errors import ExpertierError, ExpertLoadError, RouterScoresError,
 from expertier.scheduling import CONTROL
 from expertier_vllm import refusals
 from expertier_vllm.board import Board, Reporter
+from expertier_vllm.checkpoint import CheckpointFiles
 from expertier_vllm.compat.v032 import REGROUPING, SCHEDULER
 from expertier_vllm.compat.v032.failures import FailureExchange
 from expertier_vllm.compat.v032.graphs import OPERATORS
 from expertier_vllm.compat.v032.scheduler import PROBLEM, ROUTES, wants_exactness
 from expertier_vllm.compat.v032.tokens import announce_tokens, exact_tokens
 from expertier_vllm.experts import constructing, managed_class
+from expertier_vllm.layers import WorkerFacts
 from expertier_vllm.options import VllmOptions
-from expertier_vllm.runtime import Runtime, StepKind, WorkerFacts
+from expertier_vllm.runtime import Runtime
+from expertier_vllm.step_kind import StepKind
 
 logger = logging.getLogger("vllm.expertier")
 
@@ -114,9 +117,9 @@ class ManagedWorker:
         _register_experts(self.vllm_config.model_config.architectures)
         self.expertier = Runtime(options, self._facts(), self._step_kind)
         self._failures = FailureExchange()
-        token = constructing.set(self.expertier)
+        token = constructing.set(self.expertier.layers)
         try:
-            with _own_iterator(self.expertier):
+            with _own_iterator(self.expertier.layers.files):
                 super().load_model(**arguments)  # type: ignore[misc]
         finally:
             constructing.reset(token)
@@ -126,7 +129,7 @@ class ManagedWorker:
 
             opaque.install(self.get_model())
         self.expertier.finish_loading(_norms(self.get_model()))
-        announce_tokens(self.model_runner, self.expertier.announce)
+        announce_tokens(self.model_runner, self.expertier.forward.announce)
         if self.vllm_config.scheduler_config.scheduler_cls == REGROUPING and options.scheduler != CONTROL:
             self.expertier.log_routes()
         if self.expertier.virtual is not None:
@@ -178,17 +181,17 @@ class ManagedWorker:
         """Turn an expert that cannot be loaded, or scores that are no numbers, into a failed step, whose requests end.
 
         Other workers wait for this one: in every layer those of its tensor parallel group, after it the next stage of a
-        pipeline. One that lacks an expert goes on with zeros (``Runtime.run``), and after the step the others learn
+        pipeline. One that lacks an expert goes on with zeros (``ForwardPass.run``), and after the step the others learn
         that it is worthless.
         """
-        self.expertier.failure = self._failed = None
+        self.expertier.forward.failure = self._failed = None
         self._step_tokens = scheduler_output.total_num_scheduled_tokens
         problem = None
         try:
             with self.expertier.budget.stepping:
                 output = super().execute_model(scheduler_output)  # type: ignore[misc]
             if self.expertier.facts.in_step and self._step_tokens:
-                failure = self.expertier.failure
+                failure = self.expertier.forward.failure
                 problem = self._failures.settle(None if failure is None else str(failure))
         except (ExpertLoadError, RouterScoresError) as error:
             problem = str(error)
@@ -208,7 +211,7 @@ class ManagedWorker:
         output = super().sample_tokens(grammar_output)  # type: ignore[misc]
         if self._failed is not None:
             return self._failed
-        log = self.expertier.route_log
+        log = self.expertier.forward.route_log
         if log is not None and isinstance(output, ModelRunnerOutput):
             setattr(output, ROUTES, log.take(self._step_tokens))
         return output
@@ -291,7 +294,7 @@ for _name in (
 
 
 @contextlib.contextmanager
-def _own_iterator(runtime: Runtime) -> Iterator[None]:
+def _own_iterator(files: CheckpointFiles) -> Iterator[None]:
     """Have weights iterated over by us while a model loads.
 
     Upstream: ``default_loader.safetensors_weights_iterator``, called with the files to load once they have been chosen.
@@ -300,7 +303,7 @@ def _own_iterator(runtime: Runtime) -> Iterator[None]:
     stock = default_loader.safetensors_weights_iterator
 
     def iterator(hf_weights_files: list[str], *_: Any, **__: Any) -> Iterator[tuple[str, torch.Tensor]]:
-        return runtime.files.tensors(sorted(hf_weights_files, key=_natural_sort_key))
+        return files.tensors(sorted(hf_weights_files, key=_natural_sort_key))
 
     default_loader.safetensors_weights_iterator = iterator
     try:
