@@ -86,9 +86,8 @@ class ForwardPass:
         self._everything: Lease | None = None  # all experts are resident, and pinned for this step
         self._substituting = False
         self._exact: NDArray[np.bool_] | None = None  # tokens of the step that may not be given stand-ins
-        self._wished: tuple[NDArray[np.int64], torch.Tensor] | None = (
-            None  # what the swapper is not told yet of a layer
-        )
+        # What the swapper is not told yet of a layer.
+        self._wished: tuple[NDArray[np.int64], torch.Tensor] | None = None
 
     def announce(self, spans: Sequence[Span]) -> None:
         """Take note of the tokens that the next forward pass computes, and load ahead for it.
