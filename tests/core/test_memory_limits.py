@@ -88,6 +88,16 @@ def test_both_versions_may_be_mounted_side_by_side(tmp_path: Path) -> None:
     assert [bound.source for bound in found] == [str(unified), str(v1)]
 
 
+def test_a_bound_from_which_the_kernel_slows_a_group_down_counts_as_its_limit(tmp_path: Path) -> None:
+    for name, most, high, limit in (("a", "max", 2 * GIB, 2 * GIB), ("b", str(GIB), 2 * GIB, GIB)):
+        group = v2_group(tmp_path, name, most, GIB // 2)
+        (group / "memory.high").write_text(f"{high}\n")
+        (bound,) = groups(memory_limits(tmp_path, f"0::/{name}\n"))
+        assert bound == MemoryLimit(source=str(group), limit=limit, left=limit - GIB // 2)
+    (tmp_path / "sys/fs/cgroup/b/memory.high").write_text("max\n")
+    assert groups(memory_limits(tmp_path, "0::/b\n"))[0].limit == GIB
+
+
 def test_a_path_with_colons_is_read_whole(tmp_path: Path) -> None:
     group = v2_group(tmp_path, "pod:one:two", str(GIB), 0)
     (bound,) = groups(memory_limits(tmp_path, "0::/pod:one:two\n"))

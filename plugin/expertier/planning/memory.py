@@ -99,16 +99,20 @@ def _read_v1(group: Path) -> MemoryLimit | None:
 
 
 def _read_v2(group: Path) -> MemoryLimit | None:
+    bounds = []
+    for name in ("memory.max", "memory.high"):  # beyond max a process is killed, beyond high it is slowed to a crawl
+        with contextlib.suppress(OSError):
+            text = (group / name).read_text().strip()
+            bounds += [int(text)] if text != "max" else []
     try:
-        text = (group / "memory.max").read_text().strip()
         used = int((group / "memory.current").read_text())
         stat = _stat(group / "memory.stat")
     except OSError:
         return None
-    if text == "max":
+    if not bounds:
         return None
     cache = stat.get("inactive_file", 0) + stat.get("active_file", 0)
-    return MemoryLimit(source=str(group), limit=int(text), left=max(0, int(text) - used + cache))
+    return MemoryLimit(source=str(group), limit=min(bounds), left=max(0, min(bounds) - used + cache))
 
 
 @dataclass(frozen=True, kw_only=True)
