@@ -201,9 +201,9 @@ class Runtime:
             max(stage.top_k for stage in stages),
         )
 
-    def serve(self, promised: int = 0) -> None:
+    def serve(self, promised: int, meet: Callable[[], None]) -> None:
         """Take the final budget (:meth:`WorkerBudget.settle`) and say what runs."""
-        self.budget.settle(promised)
+        self.budget.settle(promised, meet)
         self._serving = True
         print(self._mode_line(), file=sys.stderr, flush=True)
 

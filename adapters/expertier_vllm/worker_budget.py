@@ -114,20 +114,33 @@ class WorkerBudget:
         """
         self._take_what_is_left(memory_left(), promised, self._one_layer)
 
-    def settle(self, promised: int = 0) -> None:
+    def settle(self, promised: int = 0, meet: Callable[[], None] = lambda: None) -> None:
         """Take the final budget, now that everything else has its memory, and fill it.
 
         Parameters
         ----------
         promised : int
             Bytes that others have reserved and not touched yet.
+        meet : callable
+            Returns when all workers of this machine have called it: nobody may look at what is left before the others
+            have all but their experts, nor fill before the others have looked.
 
         Raises
         ------
         BudgetError
             The machine cannot hold the budget; or, for "auto", not even one token's experts.
         """
+        meet()
         limit = memory_left()
+        try:
+            self._decide(limit, promised)
+        finally:
+            meet()  # the others wait, whatever became of this one
+        self._manager.warm_up()
+        self._manager.wait_until_filled()  # stock is ready when all experts are in memory, too
+        self._watch_pressure(limit)
+
+    def _decide(self, limit: MemoryLimit, promised: int) -> None:
         if self._asked is None:
             self._take_what_is_left(limit, promised, self.largest)
         elif self._on_host and self._manager.budget > (left := self._left(limit, promised)):
@@ -136,9 +149,6 @@ class WorkerBudget:
                 f"({format_bytes(max(0, left))}).",
                 "Lower the budget, or use 'auto' to take what there is.",
             )
-        self._manager.warm_up()
-        self._manager.wait_until_filled()  # stock is ready when all experts are in memory, too
-        self._watch_pressure(limit)
 
     def resize(self, budget: str | int) -> int:
         """Change the budget of a running server; returns the new one in bytes.

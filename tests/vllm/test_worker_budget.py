@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +11,8 @@ import pytest
 
 from expertier.config import OffloadOptions
 from expertier.errors import BudgetError
+from expertier.planning.memory import MemoryLimit
+from expertier_vllm import worker_budget
 from expertier_vllm.worker_budget import WorkerBudget
 
 MB = 1 << 20
@@ -34,3 +38,55 @@ def test_experts_on_the_host_take_what_is_left() -> None:
     budget, manager = budget_of(on_host=True)
     assert budget.resize("auto") == manager.budget
     assert MB <= manager.budget <= 64 * MB
+
+
+class Machine:
+    """100 MiB of memory and two workers that begin to serve at the same time."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.taken = [0, 0]
+        self.refused: list[int] = []
+        monkeypatch.setattr(worker_budget, "memory_left", self.left)
+
+    def left(self) -> MemoryLimit:
+        return MemoryLimit(source="machine", limit=100 * MB, left=100 * MB - sum(self.taken))
+
+    def serve(self, number: int, asked: int, meet: Callable[[], Any]) -> None:
+        budget = WorkerBudget(OffloadOptions(budget=asked), smallest=MB, largest=64 * MB, one_layer=MB, sharers=2)
+        manager: Any = SimpleNamespace(
+            budget=budget.first,
+            stats=lambda: SimpleNamespace(resident_bytes=self.taken[number]),
+            warm_up=lambda: self.taken.__setitem__(number, asked),
+            wait_until_filled=lambda: None,
+        )
+        budget.attach(manager, lambda amount: vars(manager).update(budget=amount))
+        try:
+            budget.settle(0, meet)
+        except BudgetError:
+            self.refused.append(number)
+
+    def serve_both(self, *asked: int) -> None:
+        meeting = threading.Barrier(2)
+        workers = [
+            threading.Thread(target=self.serve, args=(number, amount, lambda: meeting.wait(10)))
+            for number, amount in enumerate(asked)
+        ]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+
+
+def test_workers_look_at_what_is_left_before_any_of_them_fills_its_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch)
+    machine.serve_both(40 * MB, 40 * MB)
+    assert (machine.taken, machine.refused) == ([40 * MB, 40 * MB], [])
+    machine.taken[1] = 0
+    machine.serve(1, 40 * MB, lambda: None)
+    assert machine.refused == [1], "what became of one that looked after the other had filled its part"
+
+
+def test_nobody_waits_for_a_worker_whose_budget_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch)
+    machine.serve_both(60 * MB, 40 * MB)
+    assert (machine.taken, machine.refused) == ([0, 40 * MB], [0])

@@ -12,6 +12,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 from vllm import __version__
+from vllm.distributed import get_world_group
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.custom_op import PluggableLayer, op_registry_oot
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
@@ -170,8 +171,11 @@ class ManagedWorker:
             raise refusals.unmanaged_experts(kind, layers)
 
     def _serve(self, promised: int) -> None:
-        """Take the final budget, now that everything else has its memory, and tell others how it goes."""
-        self.expertier.serve(promised)
+        """Take the final budget, now that everything else has its memory, and tell others how it goes.
+
+        Upstream: ``GroupCoordinator.barrier`` of all workers.
+        """
+        self.expertier.serve(promised, get_world_group().barrier)
         self._reporter = Reporter(Board(self.vllm_config.instance_id), self.expertier.stats)
         self._reporter.start()
 
