@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable
+from typing import Final
 
 from expertier.budget import format_bytes, parse_budget
 from expertier.config import OffloadOptions
@@ -12,6 +13,9 @@ from expertier.errors import BudgetError
 from expertier.manager import OffloadManager
 from expertier.planning.governor import GovernorSettings, PressureGovernor
 from expertier.planning.memory import MemoryLimit, memory_left
+
+MEETINGS: Final = 2
+"""Times that the workers of a machine wait for one another before they serve."""
 
 
 class WorkerBudget:
@@ -123,7 +127,8 @@ class WorkerBudget:
             Bytes that others have reserved and not touched yet.
         meet : callable
             Returns when all workers of this machine have called it: nobody may look at what is left before the others
-            have all but their experts, nor fill before the others have looked.
+            have all but their experts, nor fill before the others have looked. Called :data:`MEETINGS` times, also
+            where the budget is refused.
 
         Raises
         ------

@@ -23,14 +23,15 @@ class ExpertierWorker(ManagedWorker, CPUWorker):  # type: ignore[misc]
         return available
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
-        if self.expertier.budget.automatic:
-            self.expertier.budget.make_room()
-        before = process_memory().untouched
-        super().initialize_from_config(kv_cache_config)
-        promised = max(0, process_memory().untouched - before)
-        if self.expertier.budget.automatic:
-            self.expertier.budget.prepare_warm_up(promised)
-            promised += self._step_memory()
+        with self._before_serving():
+            if self.expertier.budget.automatic:
+                self.expertier.budget.make_room()
+            before = process_memory().untouched
+            super().initialize_from_config(kv_cache_config)
+            promised = max(0, process_memory().untouched - before)
+            if self.expertier.budget.automatic:
+                self.expertier.budget.prepare_warm_up(promised)
+                promised += self._step_memory()
         self._serve(promised)
 
     def _step_memory(self) -> int:

@@ -22,5 +22,6 @@ class ExpertierCudaWorker(ManagedWorker, Worker):  # type: ignore[misc]
         triton.install(self.get_model())
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
-        super().initialize_from_config(kv_cache_config)
+        with self._before_serving():
+            super().initialize_from_config(kv_cache_config)
         self._serve(0)

@@ -38,6 +38,7 @@ from expertier_vllm.layers import WorkerFacts
 from expertier_vllm.options import VllmOptions
 from expertier_vllm.runtime import Runtime
 from expertier_vllm.step_kind import StepKind
+from expertier_vllm.worker_budget import MEETINGS
 
 logger = logging.getLogger("vllm.expertier")
 
@@ -169,6 +170,16 @@ class ManagedWorker:
                 kinds[type(module).__name__] = kinds.get(type(module).__name__, 0) + 1
         for kind, layers in kinds.items():
             raise refusals.unmanaged_experts(kind, layers)
+
+    @contextlib.contextmanager
+    def _before_serving(self) -> Iterator[None]:
+        """For what is done before :meth:`_serve`: the others do not wait for a worker that fails there."""
+        try:
+            yield
+        except BaseException:
+            for _ in range(MEETINGS):
+                get_world_group().barrier()
+            raise
 
     def _serve(self, promised: int) -> None:
         """Take the final budget, now that everything else has its memory, and tell others how it goes.
