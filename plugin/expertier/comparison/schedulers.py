@@ -299,7 +299,9 @@ class SchedulerComparison:
         found: dict[str, Served] = {}
         while len(found) < len(servings):
             for arm, serving in servings.items():
-                if arm not in found and (served := serving.advance(turn)) is not None:
+                if arm in found:
+                    continue
+                if (served := serving.advance(turn)) is not None:
                     found[arm] = served
                 time.sleep(lingers)
         return found
