@@ -142,11 +142,7 @@ class ForwardPass:
         try:
             return self._stand_in(stage, logits, weights, ids, routes)
         except RouterScoresError as error:
-            self._end(failed=True)
-            if not self._in_step:
-                raise
-            logger.error("%s", error)
-            self.failure = error
+            self._give_up(error)
             return weights, ids
 
     def _stand_in(
@@ -192,11 +188,7 @@ class ForwardPass:
             else:
                 output = self._run_absent(stage, x, weights, ids)
         except ExpertLoadError as error:
-            self._end(failed=True)
-            if not self._in_step:
-                raise
-            logger.error("%s", error)
-            self.failure = error
+            self._give_up(error)
             return torch.zeros_like(x)
         except BaseException:
             self._end(failed=True)
@@ -204,6 +196,14 @@ class ForwardPass:
         if stage.position == self._last:
             self._end()
         return output
+
+    def _give_up(self, error: ExpertLoadError | RouterScoresError) -> None:
+        """End a pass that has no output: raise why, or note it where other workers wait for what this one computes."""
+        self._end(failed=True)
+        if not self._in_step:
+            raise error
+        logger.error("%s", error)
+        self.failure = error
 
     def _run_absent(
         self, stage: ExpertStage, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor
